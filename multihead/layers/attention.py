@@ -1,0 +1,131 @@
+"""Grouped-query self-attention with rotary positions and a static cache."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from multihead.layers.linear import Initializer, Linear
+from multihead.layers.rope import apply_rope
+from multihead.parallel import sharded_ops
+
+
+class SelfAttention(nn.Module):
+  """Causal softmax attention, N query heads over K key heads of width H.
+
+  Attributes:
+    num_heads: N.
+    num_key_value_heads: K; query head n reads key head n // (N // K).
+    head_dim: H; N * H need not equal the model width.
+    rope_theta: base of the rotary frequencies.
+    key_multiplier: a fixed factor on the keys, before the rotation.
+    use_bias: biases on all four projections.
+    window: (left, right) keys that a query sees, see `ops.attention`.
+    dtype: of the arithmetic; softmax is in float32.
+    param_dtype: of the parameters.
+    kernel_init: initialiser of the kernels.
+    implementation: of `ops.attention`.
+  """
+
+  num_heads: int
+  num_key_value_heads: int
+  head_dim: int
+  rope_theta: float = 10000.0
+  key_multiplier: float = 1.0
+  use_bias: bool = False
+  window: tuple[int | None, int | None] | None = None
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+  kernel_init: Initializer = nn.initializers.normal(0.02)
+  implementation: Any = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    *,
+    mask: Bool[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: dict[str, Array] | None = None,
+    index: Int[Array, ""] | None = None,
+    valid: Bool[Array, "B S"] | None = None,
+    prefill: bool = False,
+  ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None]:
+    """Attends to x, or to the cache with x appended.
+
+    Args:
+      x: inputs.
+      positions: for the rotation.
+      mask: True for real tokens; the others are not attended to.
+      segment_ids: tokens attend within their segment.
+      cache: {"k", "v"} of shape [B, S, K, H]: keys after the multiplier and
+        the rotation.
+      index: the slot that the first of the T tokens takes.
+      valid: slots that hold real tokens, the new ones included.
+      prefill: promises that the cache is empty, so that only x is read.
+
+    Returns:
+      The output, and the cache with the new keys and values.
+    """
+
+    def project(heads: int, axis: str, name: str) -> Linear:
+      return Linear(
+        (heads, self.head_dim),
+        ("embed", axis, "head_dim"),
+        use_bias=self.use_bias,
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+        kernel_init=self.kernel_init,
+        name=name,
+      )
+
+    q = project(self.num_heads, "heads", "query")(x)
+    k = project(self.num_key_value_heads, "kv_heads", "key")(x)
+    v = project(self.num_key_value_heads, "kv_heads", "value")(x)
+    q = apply_rope(q, positions, theta=self.rope_theta)
+    k = apply_rope(
+      k * self.key_multiplier, positions, theta=self.rope_theta
+    )
+    options = dict(
+      causal=True, window=self.window, implementation=self.implementation
+    )
+    if cache is not None:
+      cache = {
+        name: lax.dynamic_update_slice_in_dim(
+          cache[name], new.astype(cache[name].dtype), index, axis=1
+        )
+        for name, new in (("k", k), ("v", v))
+      }
+    if cache is None or prefill:
+      y = sharded_ops.attention(
+        q,
+        k,
+        v,
+        mask=None if mask is None else mask[:, None, None, :],
+        q_segment_ids=segment_ids,
+        kv_segment_ids=segment_ids,
+        **options,
+      )
+    else:
+      y = sharded_ops.attention(
+        q,
+        cache["k"].astype(q.dtype),
+        cache["v"].astype(q.dtype),
+        mask=valid[:, None, None, :],
+        q_offset=index,
+        **options,
+      )
+    y = Linear(
+      x.shape[-1:],
+      ("heads", "head_dim", "embed"),
+      inputs=2,
+      use_bias=self.use_bias,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      kernel_init=self.kernel_init,
+      name="out",
+    )(y)
+    return y, cache

@@ -1,0 +1,336 @@
+"""The operations, run on local shards of the mesh in force.
+
+A custom kernel called with sharded operands would make the compiler gather
+them to one device. These wrappers have the signatures of `multihead.ops`, and
+call the operation inside a shard_map over the batch, head and sequence axes
+of the mesh that `jax.set_mesh` put in force; without one they call it as is.
+
+Batch splits over data and fsdp, heads over tensor, length over sequence. An
+axis that does not divide its dimension leaves that dimension whole. Over the
+sequence axis, attention gathers keys and values (only there), and the scan
+exchanges one state a shard.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from multihead import ops
+from multihead.parallel.sharding import BATCH_AXES, context_axes, split
+
+
+def _map_local(
+  fn: Callable[..., Any],
+  arrays: dict[str, jax.Array | None],
+  specs: dict[str, tuple],
+  out_specs: Any,
+) -> Any:
+  """Runs fn(**arrays) on local shards; absent (None) arrays stay absent."""
+  mesh = jax.sharding.get_abstract_mesh()
+  auto = {
+    name
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind == AxisType.Auto
+  }
+  present = {k: v for k, v in arrays.items() if v is not None}
+  in_specs = {k: PartitionSpec(*specs[k]) for k in present}
+  varying = {
+    name: {
+      axis
+      for entry in spec
+      for axis in ((entry,) if isinstance(entry, str) else entry or ())
+    }
+    for name, spec in in_specs.items()
+  }
+  used = set().union(*varying.values())
+
+  def body(local):
+    # Every operand varies over every axis in use, so that scan carries and
+    # custom derivatives inside agree; the transpose of the cast is the psum
+    # that a replicated operand's gradient needs.
+    for name, x in local.items():
+      missing = tuple(sorted(used - varying[name]))
+      if missing:
+        local = {**local, name: jax.lax.pcast(x, missing, to="varying")}
+    return fn(**{name: local.get(name) for name in arrays})
+
+  mapped = jax.shard_map(
+    body, in_specs=(in_specs,), out_specs=out_specs, axis_names=auto
+  )
+  return mapped(present)
+
+
+def _local_heads(x: jax.Array, heads: int, tensor: str | None) -> jax.Array:
+  """The key heads (axis 2) that this shard's query heads read.
+
+  Needed where the key heads do not divide by the tensor axis and every shard
+  holds them all.
+
+  Args:
+    x: [B, S, K, ...], all key heads (or groups).
+    heads: query heads on this shard.
+    tensor: the mesh axis that splits the query heads.
+
+  Returns:
+    [B, S, 1 or heads, ...].
+  """
+  ways = jax.lax.axis_size(tensor)
+  per_key = heads * ways // x.shape[2]
+  first = jax.lax.axis_index(tensor) * heads
+  if per_key % heads == 0:
+    return jax.lax.dynamic_slice_in_dim(x, first // per_key, 1, axis=2)
+  return jnp.take(x, (first + jnp.arange(heads)) // per_key, axis=2)
+
+
+def _spread(shape: tuple[int, ...], axes: tuple) -> tuple:
+  """The spec of an operand that broadcasts to the dimensions of `axes`."""
+  axes = axes[len(axes) - len(shape) :]
+  return tuple(
+    None if size == 1 else axis for size, axis in zip(shape, axes, strict=True)
+  )
+
+
+def attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  bias: jax.Array | None = None,
+  mask: jax.Array | None = None,
+  q_offset: int | jax.Array | None = None,
+  q_segment_ids: jax.Array | None = None,
+  kv_segment_ids: jax.Array | None = None,
+  return_lse: bool = False,
+  **kwargs: Any,
+) -> Any:
+  """`ops.attention` on local shards; same arguments and results."""
+  sizes = context_axes()
+  arrays = dict(
+    q=q,
+    k=k,
+    v=v,
+    bias=bias,
+    mask=mask,
+    q_segment_ids=q_segment_ids,
+    kv_segment_ids=kv_segment_ids,
+  )
+  if not sizes:
+    return ops.attention(
+      **arrays, q_offset=q_offset, return_lse=return_lse, **kwargs
+    )
+  length, keys = q.shape[1], k.shape[1]
+  batch = split(q.shape[0], BATCH_AXES, sizes)
+  heads = split(q.shape[2], "tensor", sizes)
+  kv_heads = split(k.shape[2], "tensor", sizes) if heads else None
+  sequence = split(length, "sequence", sizes)
+  sequence = sequence if split(keys, "sequence", sizes) else None
+  if q_offset is None:
+    q_offset = keys - length
+  static = isinstance(q_offset, int)
+  if static and sequence:
+    q_offset, static = jnp.int32(q_offset), False
+  arrays["q_offset"] = None if static else jnp.asarray(q_offset)
+
+  def run(*, q, k, v, q_offset, kv_segment_ids, **rest):
+    if sequence:
+      gather = lambda x: jax.lax.all_gather(x, "sequence", axis=1, tiled=True)
+      k, v = gather(k), gather(v)
+      if kv_segment_ids is not None:
+        kv_segment_ids = gather(kv_segment_ids)
+      q_offset += jax.lax.axis_index("sequence") * q.shape[1]
+    if heads and not kv_heads:
+      k, v = (_local_heads(x, q.shape[2], "tensor") for x in (k, v))
+    return ops.attention(
+      q,
+      k,
+      v,
+      q_offset=static_offset if q_offset is None else q_offset,
+      kv_segment_ids=kv_segment_ids,
+      return_lse=return_lse,
+      **rest,
+      **kwargs,
+    )
+
+  static_offset = q_offset if static else None
+  kv = (batch, sequence, kv_heads, None)
+  full = (batch, heads, sequence, None)
+  specs = dict(
+    q=(batch, sequence, heads, None),
+    k=kv,
+    v=kv,
+    q_segment_ids=(batch, sequence),
+    kv_segment_ids=(batch, sequence),
+    q_offset=() if static or not jnp.ndim(q_offset) else (batch,),
+  )
+  for name, x in (("bias", bias), ("mask", mask)):
+    if x is not None:
+      specs[name] = _spread(x.shape, full)
+  out = PartitionSpec(batch, sequence, heads, None)
+  lse = PartitionSpec(batch, heads, sequence)
+  return _map_local(run, arrays, specs, (out, lse) if return_lse else out)
+
+
+def _carry_in(decay: jax.Array, state: jax.Array, same: jax.Array):
+  """State that enters each sequence shard, from all shards' summaries.
+
+  Args:
+    decay: [B, N], the product of this shard's decays.
+    state: [B, N, H, M], what this shard alone leaves behind.
+    same: [B], whether this shard is one segment that continues the last one.
+
+  Returns:
+    [B, N, H, M] float32: what the shards before this one hand over.
+  """
+  index = jax.lax.axis_index("sequence")
+  decay = jnp.where(same[:, None], decay, 0.0)
+  decays = jax.lax.all_gather(decay, "sequence")  # [P, B, N]
+  states = jax.lax.all_gather(state, "sequence")  # [P, B, N, H, M]
+  carry = jnp.zeros_like(state)
+  for shard in range(decays.shape[0]):
+    update = decays[shard][..., None, None] * carry + states[shard]
+    carry = jnp.where(shard < index, update, carry)
+  return carry
+
+
+def _sequence_ssd(
+  *, x, dt, A, B, C, D, segment_ids, initial_state, chunk_size, implementation
+):
+  """SSD over a length split across devices; dt is final, in float32.
+
+  Each shard scans from zero; then one exchange of (decay, state) per shard
+  and a correction y_t += exp(sum dt A) C_t . state_in. The payload does not
+  depend on the length.
+  """
+  index = jax.lax.axis_index("sequence")
+  first = index == 0
+  if initial_state is not None:
+    initial_state = jnp.where(first, initial_state, 0.0)
+  y, state = ops.ssd(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    chunk_size=chunk_size,
+    initial_state=initial_state,
+    segment_ids=segment_ids,
+    return_final_state=True,
+    implementation=implementation,
+  )
+  if segment_ids is None:
+    joined = jnp.ones(dt.shape[:2], bool)
+  else:
+    # `joined`: no border between this token and the previous shard's last.
+    size = jax.lax.axis_size("sequence")
+    before = jax.lax.ppermute(
+      segment_ids[:, -1:], "sequence", [(i, i + 1) for i in range(size - 1)]
+    )
+    previous = jnp.concatenate([before, segment_ids[:, :-1]], axis=1)
+    border = segment_ids != previous
+    joined = jnp.cumsum(border, axis=1) == 0
+  joined &= ~first
+  cumulated = jnp.cumsum(dt * A.astype(jnp.float32), axis=1)  # [B, T, N]
+  carry = _carry_in(jnp.exp(cumulated[:, -1]), state, joined[:, -1])
+  decay = jnp.where(joined[..., None], jnp.exp(cumulated), 0.0)
+  groups, heads = C.shape[2], x.shape[2]
+  grouped = carry.reshape(carry.shape[0], groups, heads // groups, *carry.shape[2:])
+  late = jnp.einsum(
+    "btgm,bgnhm->btgnh", C.astype(jnp.float32), grouped
+  ).reshape(x.shape)
+  y = (y + decay[..., None] * late).astype(y.dtype)
+  state += decay[:, -1, :, None, None] * carry
+  # The last shard holds the state after the last token.
+  last = index == jax.lax.axis_size("sequence") - 1
+  state = jax.lax.psum(jnp.where(last, state, 0.0), "sequence")
+  return y, state
+
+
+def ssd(
+  x: jax.Array,
+  dt: jax.Array,
+  A: jax.Array,
+  B: jax.Array,
+  C: jax.Array,
+  D: jax.Array | None = None,
+  *,
+  dt_bias: jax.Array | None = None,
+  dt_softplus: bool = False,
+  dt_limit: tuple[float, float] = (0.0, float("inf")),
+  chunk_size: int = 128,
+  initial_state: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  return_final_state: bool = False,
+  implementation: Any = None,
+) -> Any:
+  """`ops.ssd` on local shards; same arguments and results."""
+  sizes = context_axes()
+  arrays = dict(
+    x=x,
+    dt=dt,
+    A=A,
+    B=B,
+    C=C,
+    D=D,
+    dt_bias=dt_bias,
+    initial_state=initial_state,
+    segment_ids=segment_ids,
+  )
+  options = dict(chunk_size=chunk_size, implementation=implementation)
+  step = dict(dt_softplus=dt_softplus, dt_limit=dt_limit)
+  if not sizes:
+    return ops.ssd(
+      **arrays, **options, **step, return_final_state=return_final_state
+    )
+  batch = split(x.shape[0], BATCH_AXES, sizes)
+  heads = split(x.shape[2], "tensor", sizes)
+  groups = split(B.shape[2], "tensor", sizes) if heads else None
+  sequence = split(x.shape[1], "sequence", sizes)
+
+  def run(*, x, dt, A, B, C, dt_bias, **rest):
+    if heads and not groups:
+      B, C = (_local_heads(a, x.shape[2], "tensor") for a in (B, C))
+    if not sequence:
+      return ops.ssd(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        dt_bias=dt_bias,
+        return_final_state=return_final_state,
+        **rest,
+        **options,
+        **step,
+      )
+    dt = dt.astype(jnp.float32)
+    if dt_bias is not None:
+      dt += dt_bias
+    if dt_softplus:
+      dt = jax.nn.softplus(dt)
+    dt = jnp.clip(dt, *dt_limit)
+    y, state = _sequence_ssd(x=x, dt=dt, A=A, B=B, C=C, **rest, **options)
+    return (y, state) if return_final_state else y
+
+  scan = (batch, sequence, heads, None)
+  group = (batch, sequence, groups, None)
+  state = (batch, heads, None, None)
+  specs = dict(
+    x=scan,
+    dt=scan[:3],
+    A=(heads,),
+    B=group,
+    C=group,
+    D=(heads,),
+    dt_bias=(heads,),
+    initial_state=state,
+    segment_ids=(batch, sequence),
+  )
+  out = PartitionSpec(*scan)
+  final = PartitionSpec(*state)
+  return _map_local(
+    run, arrays, specs, (out, final) if return_final_state else out
+  )
