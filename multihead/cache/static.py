@@ -5,12 +5,15 @@
  keeps, stacked on a leading axis or as a tuple}
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
+
+from multihead.parallel.sharding import BATCH_AXES, constrain
 
 Cache = dict[str, Any]
 
@@ -59,6 +62,36 @@ def advance(
     ),
   }
   return moved, positions
+
+
+def place(
+  cache: Cache, axes: Mapping[str, Sequence[str | tuple[str, ...] | None]]
+) -> Cache:
+  """Pins a cache to the mesh in force, so that every call leaves it there.
+
+  Args:
+    cache: any cache whose layers are dicts of arrays [B, ...].
+    axes: for each array of a layer, the mesh axis (or axes) that splits each
+      of its dimensions; see `parallel.sharding.constrain`.
+
+  Returns:
+    The cache.
+  """
+
+  def layer(arrays: dict[str, Array], lead: tuple[None, ...]) -> Any:
+    return {n: constrain(x, *lead, *axes[n]) for n, x in arrays.items()}
+
+  layers = cache["layers"]
+  if isinstance(layers, dict):
+    layers = layer(layers, (None,))
+  else:
+    layers = tuple(layer(arrays, ()) for arrays in layers)
+  return {
+    **cache,
+    "length": constrain(cache["length"], BATCH_AXES),
+    "valid": constrain(cache["valid"], BATCH_AXES, None),
+    "layers": layers,
+  }
 
 
 def nbytes(cache: Cache) -> int:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from multihead.parallel.sharding import gather_for_use
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -48,8 +50,9 @@ class Linear(nn.Module):
       contracted + features,
       self.param_dtype,
     )
+    kernel = gather_for_use(kernel.astype(self.dtype), self.axis_names)
     # One plain matrix product, whatever the axes.
-    matrix = kernel.astype(self.dtype).reshape(math.prod(contracted), -1)
+    matrix = kernel.reshape(math.prod(contracted), -1)
     batch = x.shape[: x.ndim - self.inputs]
     y = lax.dot_general(
       x.astype(self.dtype).reshape(*batch, -1),
@@ -97,13 +100,17 @@ class Embedding(nn.Module):
 
   def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the table; an id outside [0, V) is the caller's error."""
-    return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    return jnp.take(self._table(), tokens, axis=0)
+
+  def _table(self) -> Float[Array, "V D"]:
+    table = self.embedding.astype(self.dtype)
+    return gather_for_use(table, ("vocab", "embed"))
 
   def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Scores of all tokens, in float32."""
     return jnp.einsum(
       "btd,vd->btv",
       x.astype(self.dtype),
-      self.embedding.astype(self.dtype),
+      self._table(),
       preferred_element_type=jnp.float32,
     )

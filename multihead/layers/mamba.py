@@ -80,17 +80,49 @@ class _Conv(nn.Module):
 
     kernel = param("kernel", uniform, (self.width,), ("conv",))
     bias = param("bias", uniform, (), ()) if self.use_bias else None
+
+    def flat(x: Array) -> Array:
+      return x.reshape(*x.shape[:2], -1)
+
     out = ops.causal_conv1d(
-      x.reshape(*x.shape[:2], -1),
+      flat(x),
       kernel,
       bias,
       activation="silu",
-      initial_state=None if state is None else state.astype(self.dtype),
+      initial_state=None if state is None else flat(state),
       segment_ids=segment_ids,
       return_final_state=return_state,
     )
     y, state = out if return_state else (out, None)
     return y.reshape(x.shape), state
+
+
+def _past_padding(
+  state: Array, x: Array, mask: Array
+) -> tuple[Array, Array]:
+  """Moves the last inputs of a cache next to the first real token of a row.
+
+  Padding on the left of x would otherwise stand between the two, and the
+  convolution would read it in place of what came before.
+
+  Args:
+    state: [B, W-1, ...], the inputs before x.
+    x: [B, T, ...], zero where the mask is False.
+    mask: [B, T].
+
+  Returns:
+    state and x as one sequence of W-1+T, split again at W-1: first zeros for
+    the padding, then the state, then the real tokens at their old places.
+  """
+  past, length = state.shape[1], x.shape[1]
+  joined = jnp.concatenate([state, x], axis=1)
+  padding = jnp.where(mask.any(axis=1), mask.argmax(axis=1), length)[:, None]
+  slot = jnp.arange(past + length)
+  source = jnp.where(slot < padding + past, slot - padding, slot)
+  source = jnp.where(slot < padding, past, source)
+  source = source.reshape(source.shape + (1,) * (x.ndim - 2))
+  joined = jnp.take_along_axis(joined, source, axis=1)
+  return joined[:, :past], joined[:, past:]
 
 
 class Mamba2(nn.Module):
@@ -148,16 +180,19 @@ class Mamba2(nn.Module):
     mask: Bool[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     cache: dict[str, Array] | None = None,
+    prefill: bool = False,
   ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None]:
     """Mixes u over time.
 
     Args:
       u: inputs.
       mask: True for real tokens; the others change neither the state nor the
-        output at real tokens (their own outputs mean nothing).
+        output at real tokens (their own outputs mean nothing). With a cache
+        that is not empty, padding stands on the left of u.
       segment_ids: state and convolution start anew at each segment.
       cache: {"conv_x" [B, W-1, N, H], "conv_bc" [B, W-1, 2, G, M],
         "ssm" [B, N, H, M] float32}: what the tokens before u left.
+      prefill: promises that the cache is empty, so that it is not read.
 
     Returns:
       The output, and the cache after u.
@@ -193,6 +228,7 @@ class Mamba2(nn.Module):
     gate = project(heads, head_axes, "gate") * m_gate
     x = project(heads, head_axes, "x") * m_x
     bc = project(groups, group_axes, "bc")
+    bc = constrain(bc, BATCH_AXES, "sequence", None, "tensor", None)
     bc = bc * jnp.asarray([m_b, m_c], bc.dtype)[:, None, None]
     dt = project((self.num_heads,), ("ssm_heads",), "dt") * m_dt
 
@@ -200,6 +236,14 @@ class Mamba2(nn.Module):
     # would leak) and after it (its own bias would).
     x, bc = hide(x), hide(bc)
     returning = cache is not None
+    reading = returning and not prefill
+    past_x = past_bc = None
+    if reading:
+      past_x = cache["conv_x"].astype(x.dtype)
+      past_bc = cache["conv_bc"].astype(bc.dtype)
+      if mask is not None:
+        past_x, x = _past_padding(past_x, x, mask)
+        past_bc, bc = _past_padding(past_bc, bc, mask)
     conv = dict(segment_ids=segment_ids, return_state=returning)
     layer = dict(
       width=self.conv_width,
@@ -208,12 +252,10 @@ class Mamba2(nn.Module):
       param_dtype=self.param_dtype,
     )
     x, conv_x = _Conv(axis_names=head_axes, name="conv_x", **layer)(
-      x, state=cache["conv_x"].reshape(u.shape[0], self.conv_width - 1, -1)
-      if returning else None, **conv
+      x, state=past_x, **conv
     )
     bc, conv_bc = _Conv(axis_names=group_axes, name="conv_bc", **layer)(
-      bc, state=cache["conv_bc"].reshape(u.shape[0], self.conv_width - 1, -1)
-      if returning else None, **conv
+      bc, state=past_bc, **conv
     )
     x, bc = hide(x), hide(bc)
     x = constrain(x, BATCH_AXES, "sequence", "tensor", None)
@@ -229,7 +271,7 @@ class Mamba2(nn.Module):
     # A step of zero leaves the state as it is.
     dt = hide(jnp.clip(dt, *self.dt_limit))
 
-    if returning and u.shape[1] == 1:
+    if reading and u.shape[1] == 1:
       y, state = ops.ssd_step(
         cache["ssm"], x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D
       )
@@ -243,7 +285,7 @@ class Mamba2(nn.Module):
         C,
         D,
         chunk_size=self.chunk_size,
-        initial_state=cache["ssm"] if returning else None,
+        initial_state=cache["ssm"] if reading else None,
         segment_ids=segment_ids,
         return_final_state=returning,
         implementation=self.implementation,
@@ -273,12 +315,8 @@ class Mamba2(nn.Module):
     )(y)
     if not returning:
       return y, None
+    new = {"conv_x": conv_x, "conv_bc": conv_bc, "ssm": state}
     return y, {
-      "conv_x": conv_x.reshape(cache["conv_x"].shape).astype(
-        cache["conv_x"].dtype
-      ),
-      "conv_bc": conv_bc.reshape(cache["conv_bc"].shape).astype(
-        cache["conv_bc"].dtype
-      ),
-      "ssm": state,
+      name: x.reshape(cache[name].shape).astype(cache[name].dtype)
+      for name, x in new.items()
     }

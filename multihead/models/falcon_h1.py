@@ -183,6 +183,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# How a mesh splits what a layer keeps between calls.
+_CACHE_AXES = {
+  "k": (BATCH_AXES, None, "tensor", None),
+  "v": (BATCH_AXES, None, "tensor", None),
+  "conv_x": (BATCH_AXES, None, "tensor", None),
+  "conv_bc": (BATCH_AXES, None, None, "tensor", None),
+  "ssm": (BATCH_AXES, "tensor", None, None),
+}
+
+
 @dataclasses.dataclass
 class _Context:
   """What every layer needs besides its input; a pytree of arrays."""
@@ -233,6 +243,7 @@ class _Layer(nn.Module):
       mask=context.mask,
       segment_ids=context.segment_ids,
       cache=cache and {n: v for n, v in cache.items() if n not in keep},
+      prefill=self.prefill,
     )
     attention, mamba = attention * m.attention_out, mamba * m.ssm_out
     self.sow("intermediates", "attention_out", attention)
@@ -337,14 +348,15 @@ class FalconH1(nn.Module):
 
     Args:
       tokens: ids in [0, V).
-      mask: True for real tokens. Padding changes nothing at real tokens,
-        wherever it stands; logits at padding mean nothing.
+      mask: True for real tokens. Padding on the left or right of the real
+        ones changes nothing at them (with a cache that is not empty: on the
+        left); logits at padding mean nothing.
       segment_ids: documents packed into a row: neither attention, state nor
         convolution crosses from one id to the next.
       cache: from `init_cache`, or what an earlier call returned; the T tokens
         are appended to it.
-      prefill: promises that the cache is empty; attention then reads only
-        the new tokens.
+      prefill: promises that the cache is empty; only the new tokens are
+        then read.
       last_only: compute the logits of the last position alone.
 
     Returns:
@@ -400,7 +412,9 @@ class FalconH1(nn.Module):
         **types,
       )(x)
     logits = constrain(logits, BATCH_AXES, "sequence", "tensor") * m.lm_head
-    return logits if cache is None else (logits, {**cache, "layers": layers})
+    if cache is None:
+      return logits
+    return logits, self.place_cache({**cache, "layers": layers})
 
   def _layers(
     self, x: Array, context: _Context, cache: Any, prefill: bool
@@ -555,7 +569,11 @@ class FalconH1(nn.Module):
       if self.scan_layers
       else tuple(layer() for _ in range(self.num_hidden_layers))
     )
-    return static.empty(batch_size, max_length, layers)
+    return self.place_cache(static.empty(batch_size, max_length, layers))
+
+  def place_cache(self, cache: static.Cache) -> static.Cache:
+    """Pins a cache to the mesh in force: rows and heads are split."""
+    return static.place(cache, _CACHE_AXES)
 
   def unroll(self, params: Any) -> tuple["FalconH1", Any]:
     """The same model with its layers one after another, and its parameters."""

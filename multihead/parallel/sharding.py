@@ -194,3 +194,20 @@ def constrain(
     )
   )
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def gather_for_use(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+  """A parameter as a product reads it: whole over fsdp, split over tensor.
+
+  Cast before, so that the gather moves the compute dtype. Left to itself, the
+  compiler may split a contraction instead, and reduce activations.
+
+  Args:
+    x: a parameter.
+    names: the logical names of its axes.
+
+  Returns:
+    x, with a sharding constraint where a mesh is in force.
+  """
+  axes = (RULES[name] if name else None for name in names)
+  return constrain(x, *(None if axis == "fsdp" else axis for axis in axes))

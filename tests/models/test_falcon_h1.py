@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import chex
 import jax
@@ -12,7 +14,7 @@ from absl.testing import absltest, parameterized
 from multihead import models
 from multihead.errors import UserError
 from multihead.models import falcon_h1
-from multihead.parallel import sharding
+from multihead.parallel import make_mesh, sharding
 
 # Exact counts: 1.5B-Deep and Tiny-90M are published; the others follow from
 # the published shapes (paper, table of shapes) and round to the names.
@@ -155,7 +157,7 @@ class Counts(parameterized.TestCase):
   def test_multipliers(self, variant):
     ours = dataclasses.asdict(models.create("falcon_h1", variant).multipliers)
     for name, value in RELEASED[variant].items():
-      np.testing.assert_allclose(ours[name], value, rtol=2e-6, err_msg=name)
+      np.testing.assert_allclose(ours[name], value, rtol=5e-6, err_msg=name)
     np.testing.assert_allclose(
       ours["ssm"], (0.3535534, 0.25, 0.1767767, 0.5, 0.3535534), rtol=1e-6
     )
@@ -334,8 +336,6 @@ class Agreement(parameterized.TestCase):
   )
   def test_sharded_agrees(self, **axes):
     """Also where 2 key heads and 2 groups meet 4 tensor devices."""
-    from multihead.parallel import make_mesh
-
     model = small(mamba_n_heads=8)
     params = perturbed(model)
     tokens = tokens_like(4, 16)
@@ -360,6 +360,46 @@ class Agreement(parameterized.TestCase):
     chex.assert_trees_all_close(
       jax.device_get(got_grad), want_grad, rtol=1e-3, atol=2e-4
     )
+
+
+class Compiled(absltest.TestCase):
+  def test_only_weights_are_gathered(self):
+    """No all-gather of q, k, v, the scan's inputs or any other activation."""
+    model = small(
+      num_attention_heads=4,
+      mamba_n_heads=6,
+      mamba_n_groups=1,
+      hidden_size=32,
+      intermediate_size=88,
+      vocab_size=78,
+    )
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+
+    def loss(params, tokens):
+      return jnp.mean(model.apply({"params": params}, tokens) ** 2)
+
+    shardings = sharding.param_shardings(model, mesh)
+    shapes = sharding.abstract_params(model)
+    with jax.set_mesh(mesh):
+      step = jax.jit(jax.grad(loss), out_shardings=shardings)
+      tokens = jax.ShapeDtypeStruct(
+        (8, 52), jnp.int32, sharding=sharding.batch_sharding(mesh)
+      )
+      placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings,
+      )
+      text = step.lower(placed, tokens).compile().as_text()
+    gathers = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text)
+    self.assertNotEmpty(gathers)  # those of fsdp
+    weights = set()
+    for leaf in jax.tree.leaves(shapes):
+      for shape in (leaf.shape, leaf.shape[1:]):  # stacked, or of one layer
+        weights |= {math.prod(shape), math.prod(shape) // 2}
+    for shape in gathers:
+      size = math.prod(int(n) for n in shape.split(","))
+      self.assertIn(size, weights, f"gathered: [{shape}]")
 
 
 class Errors(absltest.TestCase):

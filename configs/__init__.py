@@ -1,0 +1,1 @@
+"""Configs, one file per system: `--config=configs/NAME.py:VARIANT`."""

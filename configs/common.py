@@ -1,0 +1,79 @@
+"""The keys that every training config has, with their defaults."""
+
+import difflib
+
+from ml_collections import ConfigDict, config_dict
+
+
+def training() -> ConfigDict:
+  """All keys but the model's; what they mean: multihead/train/config.py."""
+  return ConfigDict(
+    {
+      "task": "language_modelling",
+      "total_steps": 1000,
+      "batch_size": 8,
+      "sequence_length": 256,
+      "grad_accum_steps": 1,
+      "dtype": "float32",
+      "remat": "none",
+      "ema_decay": 0.0,
+      "seed": 0,
+      "log_every_steps": 10,
+      "model": {},
+      "mesh": {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1},
+      "data": {
+        "path": config_dict.placeholder(str),
+        "tokenizer": "byte",
+        "validation_fraction": 0.1,
+        "split_seed": 0,
+        "shared_words": 12,
+        "text_field": "text",
+        "overlap": 0,
+        "cache_dir": config_dict.placeholder(str),
+        "prefetch": 2,
+      },
+      "optimizer": {
+        "name": "adamw",
+        "lr": 1e-3,
+        "schedule": "cosine",
+        "warmup_steps": 0,
+        "decay_steps": 0,
+        "end_factor": 0.1,
+        "power": 0.25,
+        "weight_decay": 0.1,
+        "b1": 0.9,
+        "b2": 0.95,
+        "eps": 1e-8,
+        "clip_norm": 1.0,
+      },
+      "checkpoint": {"every_steps": 500, "keep": 3},
+      "eval": {
+        "every_steps": 0,
+        "max_batches": 0,
+        "baselines": True,
+        "sample_tokens": 256,
+        "prompt": "",
+        "temperature": 0.8,
+      },
+    }
+  )
+
+
+def model(name: str, **fields: type) -> ConfigDict:
+  """The model section, whose keys stay as the model has them until set.
+
+  Args:
+    name: of the model.
+    **fields: fields that a config or the command line may set, and their type.
+  """
+  keys = {"variant": str, "multipliers": str, **fields}
+  unset = {key: config_dict.placeholder(kind) for key, kind in keys.items()}
+  return ConfigDict({"name": name, **unset})
+
+
+def unknown_variant(variant: str, allowed: tuple[str, ...]) -> ValueError:
+  """The error of a config file that is asked for a variant it lacks."""
+  near = difflib.get_close_matches(variant, allowed, n=1)
+  hint = f" (did you mean {near[0]!r}?)" if near else ""
+  names = ", ".join(allowed)
+  return ValueError(f"no variant {variant!r}{hint}; the variants are {names}")

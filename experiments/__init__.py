@@ -1,0 +1,1 @@
+"""Scripts, run from the repository as `python -m experiments.NAME`."""

@@ -1,0 +1,171 @@
+"""Times a suite, beside its peers where they are installed.
+
+  python -m experiments.benchmark --suite=falcon_h1 --workdir=/tmp/benchmark
+
+Prints a table. In --workdir, metrics.jsonl gets a line per contender of each
+run, metrics.json the newest numbers and report.md a table per run.
+"""
+
+import os
+
+# Peers need room on the same GPU. Read when the first array is made.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from collections.abc import Sequence
+import datetime
+import importlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import re
+
+from absl import flags
+import jax
+
+from experiments import common, suites
+from experiments.suites import timing
+from multihead.errors import UserError, nearest
+
+_SUITE = flags.DEFINE_string(
+  "suite", None, f"What to time: {', '.join(suites.NAMES)}."
+)
+_FILTER = flags.DEFINE_string(
+  "filter", "", "Only the cases whose name this regular expression finds."
+)
+_REPEATS = flags.DEFINE_integer(
+  "repeats", 5, "Timed calls of each contender.", lower_bound=1
+)
+_TINY = flags.DEFINE_bool(
+  "tiny", False, "Tiny shapes, to see that everything runs."
+)
+
+_PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
+
+
+def main() -> None:
+  """Times the cases and writes down what came out."""
+  suite = _suite(_SUITE.value)
+  workdir = _workdir()
+  cases = _cases(suite)
+  facts = machine()
+  common.say("\n".join(f"{name}: {value}" for name, value in facts.items()))
+  peak = None
+  if any(case.flops is not None for case in cases):
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    peak = timing.matmul_peak(dtype)
+    facts["matrix product"] = f"{peak / 1e12:.3g} TFLOP/s in {dtype}"
+    common.say(f"matrix product: {facts['matrix product']}")
+  results = []
+  for case in cases:
+    common.say(f"{case.name} ...")
+    results += timing.run(case, _REPEATS.value)
+  text = timing.table(results, peak)
+  common.say("\n" + text)
+  if workdir is not None:
+    _write(workdir, facts, results, peak, text)
+
+
+def machine() -> dict[str, str]:
+  """What the numbers depend on, in words."""
+  device = jax.devices()[0]
+  versions = []
+  for name in _PACKAGES:
+    try:
+      versions.append(f"{name} {importlib.metadata.version(name)}")
+    except importlib.metadata.PackageNotFoundError:
+      versions.append(f"{name} not installed")
+  cores = len(os.sched_getaffinity(0)) if hasattr(
+    os, "sched_getaffinity"
+  ) else os.cpu_count()
+  return {
+    "device": f"{device.device_kind} ({device.platform}), {cores} CPU cores",
+    "system": f"Python {platform.python_version()}, {platform.platform()}",
+    "versions": ", ".join(versions),
+  }
+
+
+def _suite(name: str | None):
+  if name not in suites.NAMES:
+    given = "is missing" if name is None else f"{name!r} does not exist"
+    raise UserError(
+      f"--suite {given}{nearest(str(name), suites.NAMES)}; the suites are "
+      f"{', '.join(suites.NAMES)}"
+    )
+  return importlib.import_module(f"experiments.suites.{name}")
+
+
+def _workdir() -> pathlib.Path | None:
+  if not flags.FLAGS.workdir:
+    return None
+  path = pathlib.Path(flags.FLAGS.workdir)
+  if (path / "checkpoints").exists():
+    raise UserError(
+      f"--workdir={path} is that of a training run; give another folder"
+    )
+  return path
+
+
+def _cases(suite) -> Sequence[timing.Case]:
+  try:
+    wanted = re.compile(_FILTER.value)
+  except re.error as error:
+    raise UserError(
+      f"--filter={_FILTER.value!r} is not a regular expression: {error}"
+    ) from None
+  cases = list(suite.cases(_TINY.value))
+  chosen = [case for case in cases if wanted.search(case.name)]
+  if not chosen:
+    raise UserError(
+      f"--filter={_FILTER.value!r} finds none of the cases "
+      f"{', '.join(case.name for case in cases)}"
+    )
+  return chosen
+
+
+def _write(
+  workdir: pathlib.Path,
+  facts: dict[str, str],
+  results: Sequence[timing.Result],
+  peak: float | None,
+  text: str,
+) -> None:
+  workdir.mkdir(parents=True, exist_ok=True)
+  now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+  numbers = {}
+  with (workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    for result in results:
+      case = result.case
+      line = {
+        "time": now,
+        "suite": _SUITE.value,
+        "case": case.name,
+        "contender": result.contender,
+        **facts,
+      }
+      if result.seconds:
+        line |= {
+          "seconds": result.seconds,
+          "first_call_seconds": result.first,
+          f"{case.unit}_per_second": result.rate,
+        }
+        key = f"{case.name}/{result.contender}/{case.unit}_per_second"
+        numbers[key] = result.rate
+        if result.flops is not None:
+          line |= {"flops_per_second": result.flops, "peak": peak}
+        if result.speedup is not None:
+          line["speedup_of_multihead"] = result.speedup
+          numbers[f"{case.name}/speedup_over_{result.contender}"] = (
+            result.speedup
+          )
+      else:
+        line["reason"] = result.reason
+      file.write(json.dumps(line) + "\n")
+  (workdir / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+  with (workdir / "report.md").open("a", encoding="utf-8") as file:
+    words = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    file.write(f"# {_SUITE.value}, {now}\n\n{words}\n\n{text}\n\n")
+
+
+if __name__ == "__main__":
+  common.run(main)

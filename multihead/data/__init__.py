@@ -1,0 +1,1 @@
+"""Real data: sources, splits, tokenizers, pipelines."""

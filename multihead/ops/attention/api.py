@@ -1,0 +1,248 @@
+"""The public function of this package: `attention`."""
+
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+from multihead.ops import dispatch
+from multihead.ops.attention import cudnn
+from multihead.ops.attention import reference
+from multihead.ops.attention import xla
+
+_IMPLEMENTATIONS = {"cudnn": cudnn, "xla": xla, "reference": reference}
+# The reference holds [B, N, T, S] arrays: it runs only when it is named.
+_PREFERENCE = ("cudnn", "xla")
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K Hv"],
+  *,
+  bias: Float[Array, "#B #N #T #S"] | None = None,
+  mask: Bool[Array, "#B #N #T #S"] | None = None,
+  causal: bool = False,
+  q_offset: int | Int[Array, "#B"] | None = None,
+  scale: float | None = None,
+  window: tuple[int | None, int | None] | None = None,
+  softcap: float | None = None,
+  q_segment_ids: Int[Array, "B T"] | None = None,
+  kv_segment_ids: Int[Array, "B S"] | None = None,
+  return_lse: bool = False,
+  implementation: dispatch.Implementation = None,
+) -> (
+  Float[Array, "B T N Hv"]
+  | tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]
+):
+  """Exact softmax attention with masks, bias, grouped heads and any lengths.
+
+  Query i stands at position i + q_offset, key j at position j. Query head n
+  reads key head n // (N // K). With x = scale * q . k the logits are
+  softcap * tanh(x / softcap) (just x without softcap), plus bias. All
+  restrictions combine by AND. A row that may attend to nothing gives zeros,
+  lse = -inf and zero gradients. A NaN or Inf in a key or value reaches the rows
+  that may see it (whole, as NaN) and no other; cudnn alone cannot promise the
+  latter within the blocks that it computes.
+
+  Softmax, sums and lse are computed in float32 (float64 for float64 inputs),
+  matrix products in the dtype of q with that accumulation.
+
+  Args:
+    q: [B, T, N, H] queries, of dtype float16, bfloat16, float32 or float64.
+    k: [B, S, K, H] keys of the same dtype; K divides N.
+    v: [B, S, K, Hv] values of the same dtype.
+    bias: added to the logits, broadcast to [B, N, T, S]; differentiable. Its
+      gradient has its own shape: broadcast axes are summed as it is computed.
+    mask: bool, broadcast to [B, N, T, S]; True = attend.
+    causal: whether row i keeps only keys j <= i + q_offset.
+    q_offset: position of the first query: an int, or an integer array with one
+      per batch item. None is S - T: the last query stands at the last key.
+    scale: of the products q . k; None is H**-0.5.
+    window: (left, right) keeps keys i + q_offset - left <= j <= i + q_offset +
+      right; None on a side is no bound on that side.
+    softcap: bound of the logits before bias, positive.
+    q_segment_ids: [B, T] integers. A row keeps the keys of equal id; given
+      together with kv_segment_ids.
+    kv_segment_ids: [B, S] integers.
+    return_lse: whether to return also the natural log of the sum of the
+      exponentials of each row's logits; differentiable.
+    implementation: "cudnn", "xla" (memory linear in T and S, backward by
+      recomputation), "reference" (holds [B, N, T, S]), a sequence of these, or
+      None for the first of cudnn, xla that supports the arguments.
+
+  Returns:
+    [B, T, N, Hv] in q's dtype; with return_lse a pair of it and [B, N, T] in
+    float32 (float64 for float64 inputs).
+
+  Raises:
+    ValueError: shapes that do not fit together, a value out of its range, or
+      an unknown implementation.
+    TypeError: a dtype that is not allowed.
+    NotImplementedError: the named implementation does not support this.
+
+  References:
+    arXiv 2205.14135, 2307.08691 (section 3: the tiled forward and backward).
+  """
+  q, k, v = (jnp.asarray(x) for x in (q, k, v))
+  _check_qkv(q, k, v)
+  B, T, N, H = q.shape
+  S = k.shape[1]
+  full = (B, N, T, S)
+  if scale is None:
+    scale = H**-0.5
+  args = {
+    "q": q,
+    "k": k,
+    "v": v,
+    "bias": _broadcastable("bias", bias, full),
+    "mask": _broadcastable("mask", mask, full),
+    "causal": bool(causal),
+    "q_offset": _offset(q_offset, B, S - T),
+    "scale": _number("scale", scale),
+    "window": _window(window),
+    "softcap": None if softcap is None else _number("softcap", softcap),
+    **_segments(q_segment_ids, kv_segment_ids, B, T, S),
+    "return_lse": bool(return_lse),
+  }
+  if softcap is not None and not args["softcap"] > 0:
+    raise ValueError(f"softcap must be positive, got {softcap}")
+  module = dispatch.select(
+    "attention", _IMPLEMENTATIONS, _PREFERENCE, implementation, args
+  )
+  if 0 in full:
+    # No key or no query: every row is empty.
+    out = jnp.zeros((B, T, N, v.shape[-1]), q.dtype)
+    lse = jnp.full((B, N, T), -jnp.inf, jnp.promote_types(q.dtype, "float32"))
+    return (out, lse) if return_lse else out
+  return module.run(**args)
+
+
+def _check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+  shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+  layout = "q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv]"
+  if not q.ndim == k.ndim == v.ndim == 4:
+    raise ValueError(f"attention takes {layout}; got {shapes}")
+  if q.dtype.name not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+    raise TypeError(
+      f"q, k and v must have one dtype out of {', '.join(_DTYPES)}; got q "
+      f"{q.dtype}, k {k.dtype}, v {v.dtype}"
+    )
+  wrong = None
+  if not q.shape[0] == k.shape[0] == v.shape[0]:
+    wrong = "the batch sizes differ"
+  elif k.shape[1:3] != v.shape[1:3]:
+    wrong = "k and v differ in length S or heads K"
+  elif q.shape[3] != k.shape[3]:
+    wrong = "q and k differ in head dim H"
+  elif 0 in (q.shape[2], k.shape[2]) or q.shape[2] % k.shape[2]:
+    wrong = f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads"
+  elif 0 in (q.shape[3], v.shape[3]):
+    wrong = "the head dim is zero"
+  if wrong:
+    raise ValueError(f"{wrong}: {shapes}; attention takes {layout}")
+
+
+def _broadcastable(
+  name: str, x: jax.Array | None, full: tuple[int, ...]
+) -> jax.Array | None:
+  """Checks a bias or mask and gives it four axes, each of size 1 or full."""
+  if x is None:
+    return None
+  x = jnp.asarray(x)
+  if name == "mask" and x.dtype != jnp.bool_:
+    raise TypeError(
+      f"mask must be bool (True = attend), got {x.dtype}; what is added to the "
+      "logits is called bias"
+    )
+  if name == "bias" and not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(
+      f"bias must be floating, got {x.dtype}; a bool is called mask"
+    )
+  shape = (1,) * (4 - x.ndim) + x.shape
+  fits = len(shape) == 4 and all(a in (1, b) for a, b in zip(shape, full))
+  if not fits:
+    raise ValueError(
+      f"{name} {list(x.shape)} does not broadcast to [B, N, T, S] = {list(full)}"
+    )
+  return x.reshape(shape)
+
+
+def _offset(
+  offset: int | jax.Array | None, batch: int, default: int
+) -> int | jax.Array:
+  """An int where it is known while tracing, else int32 [B]."""
+  if offset is None:
+    return default
+  if isinstance(offset, numbers.Integral) and not isinstance(offset, bool):
+    return int(offset)
+  offset = jnp.asarray(offset)
+  if not jnp.issubdtype(offset.dtype, jnp.integer):
+    raise TypeError(f"q_offset must be an integer, got {offset.dtype}")
+  if offset.shape not in ((), (1,), (batch,)):
+    raise ValueError(
+      f"q_offset must be an int or have shape [B] = [{batch}], got "
+      f"{list(offset.shape)}"
+    )
+  return jnp.broadcast_to(offset.astype(jnp.int32), (batch,))
+
+
+def _window(
+  window: tuple[int | None, int | None] | None,
+) -> tuple[int | None, int | None]:
+  if window is None:
+    return None, None
+  sides = tuple(window) if isinstance(window, (tuple, list)) else ()
+  good = [
+    x is None or (isinstance(x, numbers.Integral) and int(x) >= 0)
+    for x in sides
+  ]
+  if len(good) != 2 or not all(good):
+    raise ValueError(
+      "window must be (left, right), each an int >= 0 or None for no bound; "
+      f"got {window!r}"
+    )
+  left, right = (None if x is None else int(x) for x in sides)
+  return left, right
+
+
+def _number(name: str, x: float) -> float:
+  if isinstance(x, jax.core.Tracer):
+    raise TypeError(
+      f"{name} must be a Python number, got a traced array; multiply q by it"
+    )
+  x = float(np.asarray(x))
+  if not math.isfinite(x):
+    raise ValueError(f"{name} must be finite, got {x}")
+  return x
+
+
+def _segments(
+  q_ids: jax.Array | None, kv_ids: jax.Array | None, B: int, T: int, S: int
+) -> dict[str, jax.Array | None]:
+  if (q_ids is None) != (kv_ids is None):
+    given = "q_segment_ids" if kv_ids is None else "kv_segment_ids"
+    raise ValueError(
+      f"only {given} is given; give q_segment_ids [B, T] and kv_segment_ids "
+      "[B, S] together"
+    )
+  out = {}
+  for name, ids, letter, length in (
+    ("q_segment_ids", q_ids, "T", T),
+    ("kv_segment_ids", kv_ids, "S", S),
+  ):
+    if ids is not None:
+      ids = jnp.asarray(ids)
+      if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got {ids.dtype}")
+      if ids.shape != (B, length):
+        raise ValueError(
+          f"{name} must have shape [B, {letter}] = [{B}, {length}], got "
+          f"{list(ids.shape)}"
+        )
+    out[name] = ids
+  return out

@@ -1,0 +1,6 @@
+"""State space duality: the scan of Mamba-2, chunked into matrix products."""
+
+from multihead.ops.ssd.api import ssd
+from multihead.ops.ssd.api import ssd_step
+
+__all__ = ["ssd", "ssd_step"]

@@ -1,0 +1,52 @@
+"""Where a model meets its batches; the training loop knows only a task.
+
+A task is a frozen dataclass with
+  data_config: the dataclass of its `config.data` section;
+  create(model, data, *, sequence_length, batch_size, seed): makes it;
+  unit, units_per_step: what a rate counts, e.g. "tokens" and how many a step
+    takes;
+  headline: the metric of its report, lower is better;
+  init_params(rng, mesh), abstract_params(), param_shardings(mesh);
+  init_batch(): a batch of the right shapes and dtypes;
+  loss_fn(params, batch, rng, train) -> (loss, metrics): the loss is a weighted
+    mean and metrics["weight"] its denominator;
+  eval_fn(params, batch) -> sums, and summarise(sums) -> {name: number};
+  train_iterator(index, count): endless, with get_state and set_state;
+  eval_iterator(index, count): the validation split once, as many batches on
+    every process;
+  baselines() -> {"<name>_<headline>": number};
+  sample(params, *, prompt, length, temperature, seed) -> text or None;
+  facts() -> lines on its data for the report.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+
+from multihead.errors import UserError, nearest
+from multihead.tasks.language_modelling import LanguageModelling
+
+TASKS: dict[str, type] = {"language_modelling": LanguageModelling}
+
+
+def create(name: str, model: nn.Module, data: Any, **settings: Any) -> Any:
+  """Makes a task.
+
+  Args:
+    name: a key of TASKS.
+    model: the network it trains.
+    data: an instance of that task's `data_config`.
+    **settings: sequence_length, batch_size and seed.
+
+  Raises:
+    UserError: unknown name, or data that cannot be used.
+  """
+  if name not in TASKS:
+    raise UserError(
+      f"unknown task {name!r}{nearest(name, TASKS)}; the tasks are "
+      f"{', '.join(TASKS)}"
+    )
+  return TASKS[name].create(model, data, **settings)
+
+
+__all__ = ["TASKS", "LanguageModelling", "create"]

@@ -1,0 +1,148 @@
+"""report.md and its figures: what a finished run leaves to be read."""
+
+import json
+import os
+import platform
+import time
+from typing import Any
+
+from multihead.train import writers
+from multihead.train.checkpoints import versions
+
+REPORT = "report.md"
+SAMPLE = "sample.txt"
+
+
+def write(
+  workdir: str,
+  *,
+  config: dict[str, Any],
+  metrics: dict[str, float],
+  baselines: dict[str, float],
+  headline: str,
+  sample: str | None,
+  facts: list[str],
+) -> str:
+  """Writes report.md, loss.png, learning_rate.png and sample.txt.
+
+  Args:
+    workdir: the run's folder, with its metrics.jsonl.
+    config: the resolved config.
+    metrics: final numbers of this run.
+    baselines: the same number as `headline` for other methods, by names that
+      end in "_" + headline.
+    headline: the metric to compare by, e.g. "bits_per_byte".
+    sample: text made by the trained model, or None.
+    facts: lines on what ran where.
+
+  Returns:
+    The path of the report.
+  """
+  records = writers.read_records(workdir)
+  figures = plot(workdir, records)
+  model = f"{config['model']['name']} {config['model']['variant'] or ''}"
+  lines = [f"# {model.strip()}: {metrics['steps']} steps", ""]
+  lines += [table(metrics, baselines, headline), ""]
+  for title, name in figures.items():
+    lines += [f"![{title}]({name})", ""]
+  if sample is not None:
+    with open(os.path.join(workdir, SAMPLE), "w", encoding="utf-8") as file:
+      file.write(sample)
+    # A fence longer than any run of backticks in the text cannot be closed
+    # by it.
+    fence = "`" * max(3, _longest_run(sample, "`") + 1)
+    lines += ["## Sample", "", f"{fence}text", sample, fence, ""]
+  lines += ["## Numbers", "", "| | |", "|---|---|"]
+  lines += [f"| {name} | {show(metrics[name])} |" for name in sorted(metrics)]
+  lines += ["", "## Where and with what", ""]
+  stack = ", ".join(f"{name} {found}" for name, found in versions().items())
+  facts = [
+    *facts,
+    f"{platform.platform()}, Python {platform.python_version()}",
+    stack,
+    time.strftime("finished %Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+  ]
+  lines += [f"- {fact}" for fact in facts]
+  lines += ["", "## Config", "", "```json"]
+  lines += [json.dumps(config, indent=2, sort_keys=True), "```", ""]
+  path = os.path.join(workdir, REPORT)
+  with open(path, "w", encoding="utf-8") as file:
+    file.write("\n".join(lines))
+  return path
+
+
+def table(
+  metrics: dict[str, float], baselines: dict[str, float], headline: str
+) -> str:
+  """The headline metric of this model among the baselines, best first.
+
+  Args:
+    metrics: with "validation_<headline>".
+    baselines: names that end in "_<headline>".
+    headline: the metric, lower is better.
+  """
+  rows = {
+    name.removesuffix(f"_{headline}").replace("_", " "): value
+    for name, value in baselines.items()
+    if name.endswith(f"_{headline}")
+  }
+  rows["**this model**"] = metrics[f"validation_{headline}"]
+  width = max(len(name) for name in rows)
+  title = f"{headline.replace('_', ' ')}, validation"
+  lines = [f"| {'':{width}} | {title} |"]
+  lines.append(f"|{'-' * (width + 2)}|{'-' * (len(title) + 1)}:|")
+  lines += [
+    f"| {name:{width}} | {value:{len(title)}.4f} |"
+    for name, value in sorted(rows.items(), key=lambda row: row[1])
+  ]
+  return "\n".join(lines)
+
+
+def show(value: float) -> str:
+  """A number as people read it."""
+  if float(value).is_integer() and abs(value) < 1e15:
+    return f"{int(value):,}"
+  return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def plot(workdir: str, records: list[dict[str, Any]]) -> dict[str, str]:
+  """Draws the loss and the learning rate; returns title -> file name."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figures = {}
+  for title, name, curves in (
+    ("Loss", "loss.png", {"loss": "train", "validation_loss": "validation"}),
+    ("Learning rate", "learning_rate.png", {"learning_rate": None}),
+  ):
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    for key, label in curves.items():
+      points = [
+        (record["step"], record[key])
+        for record in records
+        if record.get(key) is not None
+      ]
+      if points:
+        # A validation curve of few points shows where it was measured.
+        marker = "o" if label == "validation" else None
+        axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+    axes.set_xlabel("step")
+    axes.set_ylabel(title.lower())
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+      axes.legend()
+    figure.tight_layout()
+    figure.savefig(os.path.join(workdir, name))
+    pyplot.close(figure)
+    figures[title] = name
+  return figures
+
+
+def _longest_run(text: str, character: str) -> int:
+  longest = run = 0
+  for each in text:
+    run = run + 1 if each == character else 0
+    longest = max(longest, run)
+  return longest

@@ -1,0 +1,104 @@
+"""Every module imports where no optional package is installed."""
+
+import subprocess
+import sys
+
+import pytest
+
+# What the extras bring, and companions that the required packages go without.
+OPTIONAL = (
+  "IPython",
+  "PIL",
+  "beartype",
+  "hypothesis",
+  "jax_triton",
+  "nbformat",
+  "pytest",
+  "sentencepiece",
+  "soundfile",
+  "tensorboard",
+  "tensorflow",
+  "tokenizers",
+  "torch",
+  "transformers",
+  "triton",
+)
+
+_BLOCK = f"""
+import importlib.abc, sys
+
+class Block(importlib.abc.MetaPathFinder):
+  def find_spec(self, name, path=None, target=None):
+    if name.partition(".")[0] in {OPTIONAL!r}:
+      raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def _run(code: str) -> str:
+  result = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+  )
+  assert result.returncode == 0, result.stderr[-4000:]
+  return result.stdout
+
+
+def test_every_module_imports_without_optional_packages():
+  # The names come from the files, so a folder that lacks its __init__.py and
+  # would be left out of the wheel is found too.
+  out = _run(
+    _BLOCK
+    + """
+import importlib, pathlib
+import multihead
+
+root = pathlib.Path(multihead.__file__).parent
+names = []
+for path in sorted(root.rglob("*.py")):
+  parts = path.relative_to(root.parent).with_suffix("").parts
+  if parts[-1] == "__init__":
+    parts = parts[:-1]
+  names.append(".".join(parts))
+for name in names:
+  module = importlib.import_module(name)
+  assert module.__file__, f"{name} is a folder without an __init__.py"
+print(len(names))
+"""
+  )
+  assert int(out) > 20
+
+
+def test_scripts_import_without_optional_packages():
+  _run(
+    _BLOCK
+    + """
+import importlib, pathlib
+
+for path in sorted(pathlib.Path("experiments").rglob("*.py")):
+  if path.stem != "__init__":
+    importlib.import_module(".".join(path.with_suffix("").parts))
+"""
+  )
+
+
+def test_the_block_blocks():
+  # Otherwise the tests above would prove nothing.
+  with pytest.raises(AssertionError, match="No module named 'tokenizers'"):
+    _run(_BLOCK + "import tokenizers")
+
+
+@pytest.mark.parametrize(
+  "statement",
+  ["import multihead", "from multihead import models, ops, generation"],
+)
+def test_library_import_leaves_heavy_packages_alone(statement):
+  out = _run(
+    f"""
+import sys
+{statement}
+heavy = "matplotlib tensorboardX grain torch transformers tokenizers".split()
+print([name for name in heavy if name in sys.modules])
+"""
+  )
+  assert out.strip() == "[]"
