@@ -42,9 +42,9 @@ _SHAPES = {
 _RUNS = {
   "tiny": dict(total_steps=20, batch_size=8, sequence_length=32),
   "demo": dict(
-    total_steps=500, batch_size=8, sequence_length=256, log_every_steps=20,
-    optimizer=dict(lr=3e-3, warmup_steps=30), data=dict(overlap=128),
-    eval=dict(every_steps=100, max_batches=8),
+    total_steps=600, batch_size=8, sequence_length=256, log_every_steps=20,
+    optimizer=dict(lr=4e-3, warmup_steps=30), data=dict(overlap=128),
+    eval=dict(every_steps=100, max_batches=8, sample_tokens=400),
   ),
   "small": dict(
     total_steps=5000, batch_size=32, sequence_length=1024, dtype="bfloat16",

@@ -18,7 +18,7 @@ from multihead.train import NonFiniteError
 from multihead.train import config as config_lib
 from multihead.train.config import TrainConfig
 
-USER_ERROR, FAILURE = 2, 1
+FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -48,6 +48,8 @@ _PROCESS_ID = flags.DEFINE_integer(
 
 # Packages whose INFO lines say nothing to the user of a script.
 _QUIET = (f"{os.sep}orbax{os.sep}", f"{os.sep}jax{os.sep}")
+# Which implementations run belongs into a log, not between a person's lines.
+_QUIET_ON_TERMINAL = (os.path.join("ops", "dispatch.py"),)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -65,13 +67,16 @@ def run(main: Callable[[], int | None]) -> None:
     _die(str(error), USER_ERROR)
   except NonFiniteError as error:
     _die(str(error), FAILURE)
+  except KeyboardInterrupt:
+    _die("interrupted", INTERRUPTED)
 
 
 def _start(main: Callable[[], int | None]) -> int | None:
+  quiet = _QUIET + (_QUIET_ON_TERMINAL if sys.stderr.isatty() else ())
   logging.get_absl_handler().addFilter(
     lambda record: (
       record.levelno > logging.converter.STANDARD_INFO
-      or not any(part in record.pathname for part in _QUIET)
+      or not any(part in record.pathname for part in quiet)
     )
   )
   initialize_distributed(

@@ -5,9 +5,9 @@ can: the state of the scan has forgotten how it got there. What can be done is
 to keep a copy at a prefix, and to continue from it as often as one likes.
 """
 
-from collections.abc import Callable, Mapping
 import json
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -158,9 +158,7 @@ def load(
       "cache": _shapes(init_cache, rows, slots),
       "logits": jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32),
     }
-    arrays = _read(
-      reader, path, arrays=ocp.args.StandardRestore(target)
-    ).arrays
+    arrays = _read(reader, path, arrays=ocp.args.StandardRestore(target)).arrays
   return arrays["cache"], arrays["logits"]
 
 

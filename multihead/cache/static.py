@@ -65,7 +65,9 @@ def advance(
 
 
 def place(
-  cache: Cache, axes: Mapping[str, Sequence[str | tuple[str, ...] | None]]
+  cache: Cache,
+  axes: Mapping[str, Sequence[str | tuple[str, ...] | None]],
+  heads: Mapping[str, int],
 ) -> Cache:
   """Pins a cache to the mesh in force, so that every call leaves it there.
 
@@ -73,13 +75,23 @@ def place(
     cache: any cache whose layers are dicts of arrays [B, ...].
     axes: for each array of a layer, the mesh axis (or axes) that splits each
       of its dimensions; see `parallel.sharding.constrain`.
+    heads: for arrays whose last axis is heads times their width, the number of
+      heads: the axis is split between heads, or not at all.
 
   Returns:
     The cache.
   """
 
   def layer(arrays: dict[str, Array], lead: tuple[None, ...]) -> Any:
-    return {n: constrain(x, *lead, *axes[n]) for n, x in arrays.items()}
+    placed = {}
+    for name, x in arrays.items():
+      spec = (*lead, *axes[name])
+      if name in heads:
+        split = x.reshape(*x.shape[:-1], heads[name], -1)
+        placed[name] = constrain(split, *spec, None).reshape(x.shape)
+      else:
+        placed[name] = constrain(x, *spec)
+    return placed
 
   layers = cache["layers"]
   if isinstance(layers, dict):
@@ -96,6 +108,4 @@ def place(
 
 def nbytes(cache: Cache) -> int:
   """Bytes that the cache (or its shapes) takes."""
-  return sum(
-    leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)
-  )
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

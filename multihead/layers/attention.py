@@ -61,7 +61,7 @@ class SelfAttention(nn.Module):
       positions: for the rotation.
       mask: True for real tokens; the others are not attended to.
       segment_ids: tokens attend within their segment.
-      cache: {"k", "v"} of shape [B, S, K, H]: keys after the multiplier and
+      cache: {"k", "v"} of shape [B, S, K * H]: keys after the multiplier and
         the rotation.
       index: the slot that the first of the T tokens takes.
       valid: slots that hold real tokens, the new ones included.
@@ -86,16 +86,20 @@ class SelfAttention(nn.Module):
     k = project(self.num_key_value_heads, "kv_heads", "key")(x)
     v = project(self.num_key_value_heads, "kv_heads", "value")(x)
     q = apply_rope(q, positions, theta=self.rope_theta)
-    k = apply_rope(
-      k * self.key_multiplier, positions, theta=self.rope_theta
-    )
+    k = apply_rope(k * self.key_multiplier, positions, theta=self.rope_theta)
     options = dict(
       causal=True, window=self.window, implementation=self.implementation
     )
     if cache is not None:
+      # Heads and their width are one axis of the cache, as products with all
+      # heads at once read it: between the update and such a product, a reshape
+      # makes XLA copy the whole cache in every step.
       cache = {
         name: lax.dynamic_update_slice_in_dim(
-          cache[name], new.astype(cache[name].dtype), index, axis=1
+          cache[name],
+          new.reshape(*new.shape[:2], -1).astype(cache[name].dtype),
+          index,
+          axis=1,
         )
         for name, new in (("k", k), ("v", v))
       }
@@ -112,8 +116,10 @@ class SelfAttention(nn.Module):
     else:
       y = sharded_ops.attention(
         q,
-        cache["k"].astype(q.dtype),
-        cache["v"].astype(q.dtype),
+        *(
+          cache[name].reshape(*valid.shape, *k.shape[2:]).astype(q.dtype)
+          for name in ("k", "v")
+        ),
         mask=valid[:, None, None, :],
         q_offset=index,
         **options,

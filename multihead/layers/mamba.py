@@ -97,9 +97,7 @@ class _Conv(nn.Module):
     return y.reshape(x.shape), state
 
 
-def _past_padding(
-  state: Array, x: Array, mask: Array
-) -> tuple[Array, Array]:
+def _past_padding(state: Array, x: Array, mask: Array) -> tuple[Array, Array]:
   """Moves the last inputs of a cache next to the first real token of a row.
 
   Padding on the left of x would otherwise stand between the two, and the

@@ -12,7 +12,7 @@ from multihead.errors import UserError, nearest
 _MODELS = {"falcon_h1": "FalconH1"}
 
 
-def list(pattern: str | None = None) -> tuple[str, ...]:  # noqa: A001
+def list(pattern: str | None = None) -> tuple[str, ...]:
   """Names of the models, those that match a shell pattern if one is given."""
   return tuple(fnmatch.filter(sorted(_MODELS), pattern or "*"))
 
@@ -31,7 +31,9 @@ def variants(name: str) -> tuple[str, ...]:
   return tuple(_module(name).VARIANTS)
 
 
-def create(name: str, variant: str | None = None, **overrides: Any) -> nn.Module:
+def create(
+  name: str, variant: str | None = None, **overrides: Any
+) -> nn.Module:
   """Makes a model: a variant's fields, changed by the overrides.
 
   Args:

@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from multihead.cache import static
 from multihead.errors import UserError
@@ -185,8 +185,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # How a mesh splits what a layer keeps between calls.
 _CACHE_AXES = {
-  "k": (BATCH_AXES, None, "tensor", None),
-  "v": (BATCH_AXES, None, "tensor", None),
+  "k": (BATCH_AXES, None, "tensor"),
+  "v": (BATCH_AXES, None, "tensor"),
   "conv_x": (BATCH_AXES, None, "tensor", None),
   "conv_bc": (BATCH_AXES, None, None, "tensor", None),
   "ssm": (BATCH_AXES, "tensor", None, None),
@@ -548,7 +548,7 @@ class FalconH1(nn.Module):
     dtype = self.dtype if dtype is None else dtype
     lead = (self.num_hidden_layers,) if self.scan_layers else ()
     b, taps = batch_size, self.mamba_d_conv - 1
-    kv = (b, max_length, self.num_key_value_heads, self.head_dim)
+    kv = (b, max_length, self.num_key_value_heads * self.head_dim)
     heads = (self.mamba_n_heads, self.mamba_d_head)
     shapes = {
       "k": (kv, dtype),
@@ -573,7 +573,8 @@ class FalconH1(nn.Module):
 
   def place_cache(self, cache: static.Cache) -> static.Cache:
     """Pins a cache to the mesh in force: rows and heads are split."""
-    return static.place(cache, _CACHE_AXES)
+    heads = dict.fromkeys(("k", "v"), self.num_key_value_heads)
+    return static.place(cache, _CACHE_AXES, heads)
 
   def unroll(self, params: Any) -> tuple["FalconH1", Any]:
     """The same model with its layers one after another, and its parameters."""

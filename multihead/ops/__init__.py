@@ -10,7 +10,7 @@ from multihead.ops.attention import attention
 from multihead.ops.causal_conv1d import causal_conv1d
 from multihead.ops.dispatch import describe
 from multihead.ops.linear_attention import linear_attention
-from multihead.ops.ssd import ssd
+from multihead.ops.ssd import ssd, ssd_step
 
 __all__ = [
   "attention",
@@ -18,4 +18,5 @@ __all__ = [
   "describe",
   "linear_attention",
   "ssd",
+  "ssd_step",
 ]

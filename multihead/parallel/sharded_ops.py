@@ -136,10 +136,10 @@ def attention(
 
   def run(*, q, k, v, q_offset, kv_segment_ids, **rest):
     if sequence:
-      gather = lambda x: jax.lax.all_gather(x, "sequence", axis=1, tiled=True)
-      k, v = gather(k), gather(v)
-      if kv_segment_ids is not None:
-        kv_segment_ids = gather(kv_segment_ids)
+      k, v, kv_segment_ids = jax.tree.map(
+        lambda x: jax.lax.all_gather(x, "sequence", axis=1, tiled=True),
+        (k, v, kv_segment_ids),
+      )
       q_offset += jax.lax.axis_index("sequence") * q.shape[1]
     if heads and not kv_heads:
       k, v = (_local_heads(x, q.shape[2], "tensor") for x in (k, v))
@@ -237,7 +237,9 @@ def _sequence_ssd(
   carry = _carry_in(jnp.exp(cumulated[:, -1]), state, joined[:, -1])
   decay = jnp.where(joined[..., None], jnp.exp(cumulated), 0.0)
   groups, heads = C.shape[2], x.shape[2]
-  grouped = carry.reshape(carry.shape[0], groups, heads // groups, *carry.shape[2:])
+  grouped = carry.reshape(
+    carry.shape[0], groups, heads // groups, *carry.shape[2:]
+  )
   late = jnp.einsum(
     "btgm,bgnhm->btgnh", C.astype(jnp.float32), grouped
   ).reshape(x.shape)

@@ -172,9 +172,7 @@ def split(
   return taken or None
 
 
-def constrain(
-  x: jax.Array, *axes: str | tuple[str, ...] | None
-) -> jax.Array:
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
   """Pins an activation's placement; a no-op without a mesh.
 
   Args:

@@ -11,7 +11,7 @@ A task is a frozen dataclass with
   loss_fn(params, batch, rng, train) -> (loss, metrics): the loss is a weighted
     mean and metrics["weight"] its denominator;
   eval_fn(params, batch) -> sums, and summarise(sums) -> {name: number};
-  train_iterator(index, count): endless, with get_state and set_state;
+  train_iterator(index, count): endless, with get_state, set_state and close;
   eval_iterator(index, count): the validation split once, as many batches on
     every process;
   baselines() -> {"<name>_<headline>": number};

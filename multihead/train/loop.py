@@ -116,6 +116,7 @@ class _Loop:
     self.config, self.task = run.config, run.task
     self.main = writers.is_main_process()
     self.iterator = iter(self.task.train_iterator(*run.rows))
+    stack.callback(self.iterator.close)
     self.step = saved.latest_step() or 0
     if self.step:
       self._restore()
@@ -314,6 +315,9 @@ class _Loop:
     )
 
   def _validate(self, max_batches: int) -> dict[str, float]:
+    if self.pending:
+      # Else the steps under way would count as part of the pause.
+      jax.block_until_ready(self.pending[-1][1])
     with self.clock.paused():
       found = self.evaluate(self.state.eval_params, max_batches)
     values = {f"validation_{name}": value for name, value in found.items()}
@@ -360,7 +364,8 @@ class _StopSignal:
 
   def __exit__(self, *_: Any) -> None:
     for number, handler in self._before.items():
-      signal.signal(number, handler)
+      # None: it was not set from Python, and cannot be set again from here.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
   def _note(self, number: int, _: Any) -> None:
     if self.received and number == signal.SIGINT:

@@ -84,7 +84,7 @@ def table(
   rows = {
     name.removesuffix(f"_{headline}").replace("_", " "): value
     for name, value in baselines.items()
-    if name.endswith(f"_{headline}")
+    if name.endswith(f"_{headline}") and name != f"validation_{headline}"
   }
   rows["**this model**"] = metrics[f"validation_{headline}"]
   width = max(len(name) for name in rows)

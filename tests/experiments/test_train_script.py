@@ -7,12 +7,15 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import numpy as np
 import pytest
 from absl.testing import parameterized
 
 from configs import common as common_config
 from configs import falcon_h1
+from multihead import checkpoints, tasks
+from multihead.parallel import sharding
 from multihead.train import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -159,6 +162,7 @@ def test_train_goes_on_and_evaluate_reads_it(tmp_path, corpus):
     *("| gzip", "| markov 5", "A sample of the model:", "report.md"),
   ):
     assert text in out
+  assert "| validation" not in out
   assert "all 6 steps were made and reported already" in again[2]
   assert "continuing from step 6" in more[2]
   metrics = json.loads((workdir / "metrics.json").read_text())
@@ -174,6 +178,36 @@ def test_train_goes_on_and_evaluate_reads_it(tmp_path, corpus):
   assert "params/" in err.strip().split("\n")[-1]
 
 
+def test_evaluate_reads_a_hub_directory(tmp_path, corpus):
+  config = config_lib.read_config(falcon_h1.get_config("tiny"))
+  model = config_lib.build_model(config)
+  params = sharding.init_params(model, jax.random.key(0))
+  # Not the logits of an untrained model, which are all alike.
+  params["lm_head"]["kernel"] *= 20.0
+  hub = str(tmp_path / "hub")
+  checkpoints.save_pretrained(hub, model, params)
+  output = str(tmp_path / "result.json")
+  given = [f"--checkpoint={hub}", f"--output={output}", TINY]
+  given.append(f"--config.data.path={corpus}")
+  ((code, out, err),) = run_scripts(tmp_path, ("evaluate", given))
+  assert code == 0, err
+  assert "| markov 1" in out
+  task = tasks.create(
+    "language_modelling",
+    model,
+    tasks.LanguageModelling.data_config(path=corpus),
+    sequence_length=config.sequence_length,
+    batch_size=config.batch_size,
+  )
+  compute = jax.jit(task.eval_fn)
+  sums = [compute(params, batch) for batch in task.eval_iterator()]
+  total = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), 0), *sums)
+  found = json.loads(pathlib.Path(output).read_text())
+  want = task.summarise(total)
+  for name, value in want.items():
+    assert found[f"validation_{name}"] == pytest.approx(value, rel=1e-5)
+
+
 class ConfigsTest(parameterized.TestCase):
   @parameterized.parameters(
     *("tiny", "demo", "small", "tiny-90m", "0.5b", "1.5b", "1.5b-deep"),
@@ -183,6 +217,8 @@ class ConfigsTest(parameterized.TestCase):
     config = config_lib.read_config(falcon_h1.get_config(variant))
     model = config_lib.build_model(config)
     assert model.vocab_size >= 258
+    abstract = sharding.abstract_params(model)
+    assert abstract["embed"]["embedding"].shape[0] == model.vocab_size
     axes = config.mesh
     for size in (
       *(model.num_key_value_heads, model.mamba_n_heads, model.vocab_size),

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
+from absl.testing import parameterized
 
 from multihead.layers import (
   GatedMLP,
@@ -39,7 +39,11 @@ class Layers(parameterized.TestCase):
 
   @parameterized.product(groups=(1, 2, 3), before=(True, False))
   def test_gated_rms_norm(self, groups, before):
-    x, gate, scale = values(0, 2, 3, 6, 4), values(1, 2, 3, 6, 4), values(2, 6, 4)
+    x, gate, scale = (
+      values(0, 2, 3, 6, 4),
+      values(1, 2, 3, 6, 4),
+      values(2, 6, 4),
+    )
     y = x if before else x * silu(gate)
     flat = y.reshape(2, 3, groups, -1)
     y = flat / np.sqrt((flat**2).mean(-1, keepdims=True) + 1e-5)
@@ -76,7 +80,9 @@ class Layers(parameterized.TestCase):
       apply_rope(jnp.ones((1, 1, 1, 5)), jnp.zeros((1, 1), jnp.int32))
 
   def test_linear_over_several_axes(self):
-    layer = Linear((3, 2), ("heads", None, "embed", None), inputs=2, use_bias=True)
+    layer = Linear(
+      (3, 2), ("heads", None, "embed", None), inputs=2, use_bias=True
+    )
     x = values(0, 2, 5, 4, 7)
     params = {"kernel": values(1, 4, 7, 3, 2), "bias": values(2, 3, 2)}
     want = np.einsum("btnh,nhde->btde", x, params["kernel"]) + params["bias"]
@@ -95,5 +101,3 @@ class Layers(parameterized.TestCase):
     want = 1.7 * line("down", line("up", x) * silu(0.6 * line("gate", x)))
     got = layer.apply({"params": jax.tree.map(jnp.asarray, params)}, x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-
-

@@ -183,9 +183,7 @@ class Agreement(parameterized.TestCase):
 
   @parameterized.product(scan=(True, False), groups=(1, 2), norm=(True, False))
   def test_cache_matches_whole(self, scan, groups, norm):
-    model = small(
-      scan_layers=scan, mamba_n_groups=groups, mamba_rms_norm=norm
-    )
+    model = small(scan_layers=scan, mamba_n_groups=groups, mamba_rms_norm=norm)
     params = perturbed(model)
     tokens = tokens_like(2, 11)
     whole = run(model, params, tokens)
@@ -205,9 +203,11 @@ class Agreement(parameterized.TestCase):
     model = small()
     params = perturbed(model)
     tokens = tokens_like(2, 9)
-    want, plain = run(model, params, tokens, cache=model.init_cache(2, 16)
-    )
-    got, promised = run(model, params, tokens,
+    want, plain = run(model, params, tokens, cache=model.init_cache(2, 16))
+    got, promised = run(
+      model,
+      params,
+      tokens,
       cache=model.init_cache(2, 16),
       prefill=True,
       last_only=True,
@@ -247,7 +247,10 @@ class Agreement(parameterized.TestCase):
       return
     cache, got = model.init_cache(1, 16), []
     for start, stop in ((0, 6), (6, 10), (10, 11), (11, 12)):
-      logits, cache = run(model, params, padded[:, start:stop],
+      logits, cache = run(
+        model,
+        params,
+        padded[:, start:stop],
         mask[:, start:stop],
         cache=cache,
       )
@@ -259,10 +262,12 @@ class Agreement(parameterized.TestCase):
     model = small()
     params = perturbed(model)
     tokens = tokens_like(1, 7)
-    _, want = run(model, params, tokens, cache=model.init_cache(1, 16)
-    )
+    _, want = run(model, params, tokens, cache=model.init_cache(1, 16))
     padded = jnp.concatenate([tokens, jnp.full((1, 4), 60)], axis=1)
-    _, got = run(model, params, padded,
+    _, got = run(
+      model,
+      params,
+      padded,
       jnp.arange(11)[None] < 7,
       cache=model.init_cache(1, 16),
     )
@@ -292,10 +297,14 @@ class Agreement(parameterized.TestCase):
     base = run(model, params, tokens)
     for field in dataclasses.fields(DISTINCT):
       value = getattr(DISTINCT, field.name)
-      options = [
-        tuple(2 * v if i == j else v for j, v in enumerate(value))
-        for i in range(5)
-      ] if field.name == "ssm" else [2 * value]
+      options = (
+        [
+          tuple(2 * v if i == j else v for j, v in enumerate(value))
+          for i in range(5)
+        ]
+        if field.name == "ssm"
+        else [2 * value]
+      )
       for changed in options:
         other = model.clone(
           multipliers=dataclasses.replace(DISTINCT, **{field.name: changed})
@@ -310,9 +319,7 @@ class Agreement(parameterized.TestCase):
 
     def grad(model):
       return jax.jit(
-        jax.grad(
-          lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, tokens)))
-        )
+        jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, tokens))))
       )(params)
 
     chex.assert_trees_all_close(
@@ -352,9 +359,7 @@ class Agreement(parameterized.TestCase):
     mesh = make_mesh(**axes)
     with jax.set_mesh(mesh):
       placed = jax.device_put(params, sharding.param_shardings(model, mesh))
-      batch = jax.device_put(
-        (tokens, segments), sharding.batch_sharding(mesh)
-      )
+      batch = jax.device_put((tokens, segments), sharding.batch_sharding(mesh))
       (_, got), got_grad = step(placed, *batch)
     assert_close(got, want)
     chex.assert_trees_all_close(
@@ -417,7 +422,9 @@ class Errors(absltest.TestCase):
     with self.assertRaisesRegex(UserError, "remat='all'"):
       small(remat="all")
     with self.assertRaisesRegex(UserError, "max_position_embeddings=8"):
-      run(small(max_position_embeddings=8), perturbed(small()), tokens_like(1, 9))
+      run(
+        small(max_position_embeddings=8), perturbed(small()), tokens_like(1, 9)
+      )
 
   def test_list(self):
     self.assertEqual(models.list("falcon*"), ("falcon_h1",))
@@ -429,9 +436,10 @@ class Errors(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, "mask has shape"):
       run(model, params, tokens_like(1, 5), jnp.ones((1, 4), bool))
     with self.assertRaisesRegex(ValueError, "segment_ids cannot"):
-      run(model, params, tokens_like(1, 5),
+      run(
+        model,
+        params,
+        tokens_like(1, 5),
         segment_ids=jnp.ones((1, 5), jnp.int32),
         cache=model.init_cache(1, 8),
       )
-
-

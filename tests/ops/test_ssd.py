@@ -15,7 +15,7 @@ from multihead.ops.ssd import ssd_step
 from multihead.ops.ssd import xla
 
 IMPLEMENTATIONS = ("xla", "reference")
-BATCH, HEADS, WIDTH, STATE = 2, 4, 3, 5
+BATCH, HEADS, WIDTH, STATE = 2, 6, 3, 5
 ARRAYS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 
 
@@ -190,12 +190,12 @@ def test_the_oracles_gradients_are_finite_differences():
 
 CASES = {
   "one token": dict(length=1, groups=1),
-  "one token, nothing optional": dict(length=1, groups=4, plain=True),
+  "one token, nothing optional": dict(length=1, groups=6, plain=True),
   "shorter than a chunk, single-token segments": dict(
     length=5, groups=2, borders=(1, 2, 3)
   ),
   "one less than a chunk, softplus": dict(
-    length=127, groups=4, options=dict(dt_softplus=True)
+    length=127, groups=6, options=dict(dt_softplus=True)
   ),
   "segments end at chunk edges": dict(
     length=128, groups=1, borders=(32, 64, 65, 95), options=dict(chunk_size=32)
@@ -230,7 +230,7 @@ def test_values_and_gradients(implementation, case):
 
 
 @pytest.mark.parametrize(
-  "cpu, elements, chunks", ((True, 1500, 3), (False, 1500, 3), (False, 6000, 9))
+  "cpu, elements, chunks", ((True, 6000, 6), (False, 2200, 2), (False, 9000, 9))
 )
 def test_loop_over_steps(monkeypatch, cpu, elements, chunks):
   """Several steps of several chunks, in the forms of either kind of device."""
@@ -358,7 +358,7 @@ def test_continues_from_a_state_and_steps():
   inputs = make_inputs(50, 2)
   inputs = {k: jnp.asarray(v, jnp.float32) for k, v in inputs.items()}
   options = dict(dt_softplus=True, dt_limit=(0.1, 1.0))
-  run = functools.partial(ssd, return_final_state=True, **options)
+  run = jax.jit(functools.partial(ssd, return_final_state=True, **options))
   y, final = run(**inputs)
 
   timed = ("x", "dt", "B", "C")
@@ -560,17 +560,17 @@ def test_describe():
 
 BAD = {
   "x must be [B, T, N, H]": dict(x=(2, 4, 3)),
-  "dt must be [B, T, N] = (2, 6, 4)": dict(dt=(2, 6, 3)),
-  "A must be [N] = (4,)": dict(A=(3,)),
+  "dt must be [B, T, N] = (2, 6, 6)": dict(dt=(2, 6, 3)),
+  "A must be [N] = (6,)": dict(A=(3,)),
   "B must be [B, T, G, M]": dict(B=(2, 5, 2, 5), C=(2, 5, 2, 5)),
   "B and C must have one shape": dict(C=(2, 6, 1, 5)),
-  "3 groups of B and C do not divide the 4 heads": dict(
-    B=(2, 6, 3, 5), C=(2, 6, 3, 5)
+  "4 groups of B and C do not divide the 6 heads": dict(
+    B=(2, 6, 4, 5), C=(2, 6, 4, 5)
   ),
-  "D must be [N] = (4,)": dict(D=(1,)),
-  "dt_bias must be [N] = (4,)": dict(dt_bias=(5,)),
-  "initial_state must be [B, N, H, M] = (2, 4, 3, 5)": dict(
-    initial_state=(2, 4, 5, 3)
+  "D must be [N] = (6,)": dict(D=(1,)),
+  "dt_bias must be [N] = (6,)": dict(dt_bias=(5,)),
+  "initial_state must be [B, N, H, M] = (2, 6, 3, 5)": dict(
+    initial_state=(2, 6, 5, 3)
   ),
   "segment_ids must be [B, T] = (2, 6)": dict(
     segment_ids=np.zeros((2, 7), np.int32)
@@ -579,7 +579,7 @@ BAD = {
   "chunk_size must be at least 1": dict(chunk_size=0),
   "dt_limit must be (smallest, largest)": dict(dt_limit=(1.0, 0.5)),
   "unknown implementation": dict(implementation="triton"),
-  "x must be a real floating point array": dict(x=np.zeros((2, 6, 4, 3), int)),
+  "x must be a real floating point array": dict(x=np.zeros((2, 6, 6, 3), int)),
 }
 
 
@@ -610,7 +610,7 @@ def test_step_errors_name_the_argument():
   ssd_step(state, **now)
   with raises("x must be [B, N, H]"):
     ssd_step(state, **inputs)
-  with raises("state must be [B, N, H, M] = (2, 4, 3, 5)"):
+  with raises("state must be [B, N, H, M] = (2, 6, 3, 5)"):
     ssd_step(state[..., :2], **now)
-  with raises("dt must be [B, N] = (2, 4)"):
+  with raises("dt must be [B, N] = (2, 6)"):
     ssd_step(state, **{**now, "dt": now["dt"][:1]})

@@ -1,7 +1,7 @@
 """The mesh: sizes, axis types, and what is said when they do not fit."""
 
 import jax
-from absl.testing import absltest, parameterized
+from absl.testing import parameterized
 from jax.sharding import AxisType
 
 from multihead.errors import UserError
@@ -43,5 +43,3 @@ class Mesh(parameterized.TestCase):
 
   def test_one_process_stays_alone(self):
     self.assertFalse(initialize_distributed())
-
-

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest, parameterized
+from absl.testing import parameterized
 
 from multihead import ops
 from multihead.parallel import make_mesh, sharded_ops
@@ -91,9 +91,9 @@ class Attention(parameterized.TestCase):
       )
       names += ("bias",)
     options = dict(causal=True, window=(6, None), return_lse=True)
-    want = value_and_grads(
-      lambda **a: ops.attention(**a, **options), names
-    )(arrays)
+    want = value_and_grads(lambda **a: ops.attention(**a, **options), names)(
+      arrays
+    )
     with jax.set_mesh(make_mesh(**mesh)):
       got = value_and_grads(
         lambda **a: sharded_ops.attention(**a, **options), names
@@ -103,7 +103,11 @@ class Attention(parameterized.TestCase):
     )
 
   def test_decode_against_a_longer_cache(self):
-    q, k, v = normal(0, 4, 1, 8, 8), normal(1, 4, 24, 2, 8), normal(2, 4, 24, 2, 8)
+    q, k, v = (
+      normal(0, 4, 1, 8, 8),
+      normal(1, 4, 24, 2, 8),
+      normal(2, 4, 24, 2, 8),
+    )
     for offset in (jnp.int32(9), jnp.array([3, 9, 0, 23])):
       want = ops.attention(q, k, v, causal=True, q_offset=offset)
       with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
@@ -121,9 +125,7 @@ class Attention(parameterized.TestCase):
       )
       qkv = [jax.device_put(normal(i, *shape), place) for i in range(3)]
       step = jax.jit(
-        jax.grad(
-          lambda x: jnp.sum(sharded_ops.attention(*x, causal=True) ** 2)
-        )
+        jax.grad(lambda x: jnp.sum(sharded_ops.attention(*x, causal=True) ** 2))
       )
       self.assertEqual(gathered(step.lower(qkv).compile()), [])
 
@@ -157,9 +159,9 @@ class Ssd(parameterized.TestCase):
     )
     want = value_and_grads(lambda **a: ops.ssd(**a, **options), names)(arrays)
     with jax.set_mesh(make_mesh(**mesh)):
-      got = value_and_grads(
-        lambda **a: sharded_ops.ssd(**a, **options), names
-      )(arrays)
+      got = value_and_grads(lambda **a: sharded_ops.ssd(**a, **options), names)(
+        arrays
+      )
     chex.assert_trees_all_close(
       jax.device_get(got), jax.device_get(want), rtol=2e-4, atol=2e-5
     )
@@ -175,13 +177,9 @@ class Ssd(parameterized.TestCase):
         dt = jax.device_put(jnp.abs(normal(1, 2, length, 4)), place)
         B = jax.device_put(normal(2, 2, length, 1, 8), place)
         C = jax.device_put(normal(3, 2, length, 1, 8), place)
-        step = jax.jit(
-          lambda *a: sharded_ops.ssd(*a[:2], -jnp.ones(4), *a[2:])
-        )
+        step = jax.jit(lambda *a: sharded_ops.ssd(*a[:2], -jnp.ones(4), *a[2:]))
         sizes.append(sorted(gathered(step.lower(x, dt, B, C).compile())))
     self.assertEqual(sizes[0], sizes[1])
     # Per shard: one state and one decay a head, gathered from 4 shards.
     self.assertLessEqual(sum(sizes[0]), 4 * (4 * 8 * 8 + 4) * 2)
     self.assertGreater(sum(sizes[0]), 0)
-
-

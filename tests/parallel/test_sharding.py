@@ -3,7 +3,7 @@
 import chex
 import jax
 import numpy as np
-from absl.testing import absltest, parameterized
+from absl.testing import parameterized
 from jax.sharding import PartitionSpec as P
 
 from multihead import models
@@ -47,10 +47,10 @@ class Sharding(parameterized.TestCase):
     up = layers["mlp"]["up"]["kernel"]
     self.assertEqual(up.sharding.spec, P(*lead, "fsdp", "tensor"))
     # Every device holds a quarter, not the whole.
+    self.assertEqual(up.addressable_shards[0].data.size * 4, np.prod(up.shape))
     self.assertEqual(
-      up.addressable_shards[0].data.size * 4, np.prod(up.shape)
+      got["embed"]["embedding"].sharding.spec, P("tensor", "fsdp")
     )
-    self.assertEqual(got["embed"]["embedding"].sharding.spec, P("tensor", "fsdp"))
 
   def test_abstract_params_hold_no_memory(self):
     tree = sharding.abstract_params(models.create("falcon_h1", "34b"))
@@ -63,9 +63,9 @@ class Sharding(parameterized.TestCase):
 
   def test_split_takes_what_divides(self):
     sizes = {"data": 2, "fsdp": 4}
-    self.assertEqual(sharding.split(8, ("data", "fsdp"), sizes), ("data", "fsdp"))
+    self.assertEqual(
+      sharding.split(8, ("data", "fsdp"), sizes), ("data", "fsdp")
+    )
     self.assertEqual(sharding.split(4, ("data", "fsdp"), sizes), ("data",))
     self.assertIsNone(sharding.split(3, ("data", "fsdp"), sizes))
     self.assertIsNone(sharding.split(8, "tensor", sizes))
-
-

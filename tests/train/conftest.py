@@ -65,6 +65,9 @@ class ToyIterator:
   def set_state(self, state):
     self.next = state["next"]
 
+  def close(self):
+    self.closed = True
+
 
 @dataclasses.dataclass
 class ToyTask:

@@ -51,6 +51,7 @@ class LoopTest(parameterized.TestCase):
     result = loop.train(config, workdir, run=run)
     assert result.finished
     assert result.step == 12
+    assert run.task.iterators[0].closed
     metrics = json.loads(_read(workdir, "metrics.json"))
     assert metrics == result.metrics
     assert metrics["steps"] == 12

@@ -66,8 +66,11 @@ def run(
   # An empty row has only zeros in p: any divisor but zero serves.
   empty = total == 0
   total = jnp.where(empty, 1, total)
-  out = jnp.einsum("bnts,bsnh->btnh", p / total, v, precision=precision)
-  out = out.astype(out_dtype)
+  # In a row that sees a NaN also the weights of what it does not see are NaN.
+  p = jnp.where(keep, p / total, 0)
+  out = jnp.einsum("bnts,bsnh->btnh", p, v, precision=precision)
+  # No news for the values, but it stops a NaN in an empty row's cotangent.
+  out = jnp.where(jnp.moveaxis(empty, 1, 2), 0, out).astype(out_dtype)
   if not return_lse:
     return out
   lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))

@@ -163,9 +163,10 @@ def add(x: jax.Array, update: jax.Array, starts: dict[int, int | jax.Array]):
   """x with `update` added where it begins at `starts` (axis: start)."""
   if update.shape == x.shape:
     return x + update
-  index = [0] * x.ndim
+  index = [jnp.int32(0)] * x.ndim
   for axis, start in starts.items():
-    index[axis] = start if x.shape[axis] > 1 else 0
+    if x.shape[axis] > 1:
+      index[axis] = jnp.int32(start)
   old = lax.dynamic_slice(x, index, update.shape)
   return lax.dynamic_update_slice(x, old + update, index)
 

@@ -206,7 +206,13 @@ def _few_rows(
     ops = tiles.operands(q, k, v, *rest, heads_first=False)
     return _one_tile(spec, ops, None)
 
+  # A branch gets the arrays in the shape in which a decode cache holds them:
+  # with a reshape in between, XLA would copy the cache in every step.
+  shapes = k.shape, v.shape
+  flat_k, flat_v = (x.reshape(*x.shape[:2], -1) for x in (k, v))
+
   def careful():
+    k, v = flat_k.reshape(shapes[0]), flat_v.reshape(shapes[1])
     ops = tiles.operands(
       q, tiles.clean(k), tiles.clean(v), *rest, heads_first=False
     )

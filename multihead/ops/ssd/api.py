@@ -185,12 +185,11 @@ def ssd_step(
   decay = jnp.exp(dt * A.astype(dtype)).reshape(*split, 1, 1)
   drive = (inputs * dt.reshape(*split, 1))[..., None]
   new = decay * old + drive * B[:, :, None, None, :]
-  y = jnp.sum(new * C[:, :, None, None, :], axis=-1)
+  y = jnp.einsum("bgrhm,bgm->bgrh", new, C, precision="highest")
   if D is not None:
     y = y + D.astype(dtype).reshape(*split[1:], 1) * inputs
-  return y.astype(x.dtype).reshape(x.shape), new.astype(state.dtype).reshape(
-    state.shape
-  )
+  new = new.astype(state.dtype).reshape(state.shape)
+  return y.astype(x.dtype).reshape(x.shape), new
 
 
 def _check_kinds(**arrays: jax.Array | None) -> None:

@@ -34,11 +34,10 @@ import numpy as np
 from multihead.ops import manual_axes
 from multihead.ops.ssd import reference
 
-# Elements of the working arrays [b, c, g, r, Q, Q + H M / Q] of one step.
-_STEP_ELEMENTS_CPU = 2**17
-_STEP_ELEMENTS = 2**26
-# Beyond this the triangles cost a CPU more than the states they save.
-_LARGEST_CHUNK_CPU = 64
+# Elements of the working arrays [b, c, g, r, Q, Q + H M / Q] of one step: what
+# stays in the cache of a CPU core, and what keeps a large GPU busy.
+_STEP_ELEMENTS_CPU = 2**16
+_STEP_ELEMENTS = 2**25
 # Up to this many chunks the recurrence over chunks is written out.
 _UNROLL = 8
 
@@ -78,14 +77,20 @@ def _on_cpu() -> bool:
 def _plan(x: jax.Array, state_size: int, chunk_size: int) -> _Plan:
   batch, length, heads, width = x.shape
   cpu = _on_cpu()
-  budget = _STEP_ELEMENTS_CPU if cpu else _STEP_ELEMENTS
-  limit = min(chunk_size, _LARGEST_CHUNK_CPU) if cpu else chunk_size
-  limit = min(limit, length)
+  limit = min(chunk_size, length)
+  if cpu:
+    # Larger triangles cost more than the states that they save.
+    limit = min(limit, 32 << sum(width * state_size > n**2 for n in (32, 64)))
   per_token = batch * heads * (limit + width * state_size // limit)
-  steps = min(math.ceil(length * per_token / budget), math.ceil(length / limit))
-  chunks = math.ceil(math.ceil(length / steps) / limit)
+  budget = _STEP_ELEMENTS_CPU if cpu else _STEP_ELEMENTS
+  chunks = max(1, budget // (per_token * limit))
   chunks = min(chunks, _UNROLL) if cpu else chunks
-  steps = math.ceil(length / (chunks * limit))
+  total = math.ceil(length / limit)
+  steps = math.ceil(total / chunks)
+  # A few more steps that share the chunks evenly need no padding.
+  even = (n for n in range(steps, 2 * steps) if total % n == 0)
+  steps = next(even, steps)
+  chunks = math.ceil(total / steps)
   # Chunks a little shorter than the limit may need less padding.
   size = math.ceil(length / (steps * chunks))
   if length > 8:
