@@ -21,6 +21,8 @@ export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 PYTEST = -m pytest -p no:cacheprovider
 COMMA := ,
+# What users run; the other tests compile with as little effort as possible.
+OPTIMISED = --xla_backend_optimization_level=3 $(XLA_FLAGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test parity notebooks lint format test-gpu clean
@@ -65,7 +67,7 @@ test: $(VENV)/.test
 	$(VENV)/bin/python $(PYTEST) -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 parity: $(PARITY_VENV)/.parity
-	$(PARITY_VENV)/bin/python $(PYTEST) -m "not gpu" tests/parity $(PYTEST_ARGS)
+	XLA_FLAGS="$(OPTIMISED)" $(PARITY_VENV)/bin/python $(PYTEST) -m "not gpu" tests/parity $(PYTEST_ARGS)
 
 notebooks: $(VENV)/.dev
 	$(VENV)/bin/python $(PYTEST) --nbmake notebooks $(PYTEST_ARGS)
@@ -80,7 +82,8 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 
 test-gpu: $(GPU_VENV)/.gpu
-	JAX_PLATFORMS=cuda,cpu $(GPU_VENV)/bin/python $(PYTEST) -m gpu $(PYTEST_ARGS)
+	XLA_FLAGS="$(OPTIMISED)" JAX_PLATFORMS=cuda,cpu \
+	  $(GPU_VENV)/bin/python $(PYTEST) -m gpu $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(PARITY_VENV) $(GPU_VENV) build *.egg-info \

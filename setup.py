@@ -31,6 +31,7 @@ REQUIRES = [
   "orbax-checkpoint>=0.12.8",
   "grain>=0.2.18",
   "jaxtyping>=0.3.11",
+  "safetensors>=0.8.0",
   "absl-py>=2.3.1",
   "ml_collections>=1.1.0",
   "numpy>=2.0",
@@ -46,7 +47,6 @@ TEST = [
   "pytest-xdist>=3.8",
   "hypothesis>=6.140",
   "chex>=0.1.92",
-  "safetensors>=0.8.0",
   *TEXT,
 ]
 NOTEBOOKS = ["ipykernel>=7.0", "nbformat>=5.10", "nbmake>=1.5.5"]

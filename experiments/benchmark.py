@@ -6,26 +6,26 @@ Prints a table. In --workdir, metrics.jsonl gets a line per contender of each
 run, metrics.json the newest numbers and report.md a table per run.
 """
 
-import os
-
-# Peers need room on the same GPU. Read when the first array is made.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-from collections.abc import Sequence
 import datetime
 import importlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import re
+from collections.abc import Sequence
+from typing import Any
 
-from absl import flags
 import jax
+from absl import flags
 
 from experiments import common, suites
 from experiments.suites import timing
 from multihead.errors import UserError, nearest
+
+# Peers need room on the same GPU. JAX reads this with its first array.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 _SUITE = flags.DEFINE_string(
   "suite", None, f"What to time: {', '.join(suites.NAMES)}."
@@ -40,6 +40,8 @@ _TINY = flags.DEFINE_bool(
   "tiny", False, "Tiny shapes, to see that everything runs."
 )
 
+# Of timed calls a case, for a peer that is slow here.
+_MOST_SECONDS = 60.0
 _PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
 
 
@@ -59,7 +61,7 @@ def main() -> None:
   results = []
   for case in cases:
     common.say(f"{case.name} ...")
-    results += timing.run(case, _REPEATS.value)
+    results += timing.run(case, _REPEATS.value, _MOST_SECONDS)
   text = timing.table(results, peak)
   common.say("\n" + text)
   if workdir is not None:
@@ -75,9 +77,11 @@ def machine() -> dict[str, str]:
       versions.append(f"{name} {importlib.metadata.version(name)}")
     except importlib.metadata.PackageNotFoundError:
       versions.append(f"{name} not installed")
-  cores = len(os.sched_getaffinity(0)) if hasattr(
-    os, "sched_getaffinity"
-  ) else os.cpu_count()
+  cores = (
+    len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity")
+    else os.cpu_count()
+  )
   return {
     "device": f"{device.device_kind} ({device.platform}), {cores} CPU cores",
     "system": f"Python {platform.python_version()}, {platform.platform()}",
@@ -85,7 +89,7 @@ def machine() -> dict[str, str]:
   }
 
 
-def _suite(name: str | None):
+def _suite(name: str | None) -> Any:
   if name not in suites.NAMES:
     given = "is missing" if name is None else f"{name!r} does not exist"
     raise UserError(
@@ -106,7 +110,7 @@ def _workdir() -> pathlib.Path | None:
   return path
 
 
-def _cases(suite) -> Sequence[timing.Case]:
+def _cases(suite: Any) -> Sequence[timing.Case]:
   try:
     wanted = re.compile(_FILTER.value)
   except re.error as error:

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from multihead import checkpoints
+from multihead.data import tokenizers
 from multihead.errors import UserError, nearest
 from multihead.parallel import initialize_distributed
 from multihead.train import NonFiniteError
 from multihead.train import config as config_lib
+from multihead.train import run as run_lib
 from multihead.train.config import TrainConfig
 
 FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -252,21 +255,18 @@ def load_model(path: str, mesh: Any = None, dtype: Any = None) -> Any:
   Raises:
     UserError: nothing there, or it cannot be read.
   """
-  from multihead.data import tokenizers
-
-  if os.path.isfile(os.path.join(path, "config.json")) and not os.path.isdir(
-    os.path.join(path, "checkpoints")
-  ):
-    from multihead import checkpoints
-
+  if not os.path.isfile(os.path.join(path, "config.json")):
+    raise UserError(
+      f"{path!r} is neither the workdir of a training run nor a Hugging Face "
+      "directory: there is no config.json in it"
+    )
+  if not os.path.isdir(os.path.join(path, "checkpoints")):
     model, params = checkpoints.from_pretrained(
       path, mesh=mesh, compute_dtype=dtype
     )
     file = os.path.join(path, "tokenizer.json")
     name = file if os.path.isfile(file) else "byte"
     return model, params, tokenizers.load(name)
-  from multihead.train import run as run_lib
-
   found = config_lib.read_json(os.path.join(path, "config.json"))
   model, params = run_lib.load_params(found, path, mesh=mesh)
   if dtype is not None:

@@ -6,8 +6,8 @@ state in float32 when training), on a CPU a model of seven million parameters
 in float32.
 """
 
-from collections.abc import Callable, Iterable
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ _CPU = dict(
   vocab_size=4096, hidden_size=256, intermediate_size=768,
   num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
   head_dim=64, mamba_n_heads=8, mamba_d_head=64, mamba_d_state=64,
-  mamba_rms_norm=False,
+  mamba_rms_norm=False, scan_layers=False,
 )  # fmt: skip
 _TINY = dict(
   vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -45,7 +45,7 @@ def cases(tiny: bool) -> Iterable[Case]:
   elif jax.default_backend() == "cpu":
     model, sizes = models.create("falcon_h1", **_CPU), (4, 256, 64, 128)
   else:
-    model = models.create("falcon_h1", "0.5b", dtype=jnp.bfloat16)
+    model = models.create("falcon_h1", "0.5b", dtype=jnp.bfloat16, remat="dots")
     sizes = (4, 2048, 128, 128)
   batch, length, prompt, new = sizes
   flops = functools.partial(forward_flops, model)
@@ -145,9 +145,7 @@ def _our_step(model: Any, batch: int, length: int) -> Job:
     weight = jnp.asarray(losses.size, jnp.float32)
     return losses.mean(), {"weight": weight}
 
-  step = TrainStep(
-    loss_fn, optimizer, optax.constant_schedule(1e-4), shardings
-  )
+  step = TrainStep(loss_fn, optimizer, optax.constant_schedule(1e-4), shardings)
   with jax.set_mesh(mesh):
     state = train_state.init_state(
       functools.partial(sharding.init_params, model),

@@ -4,16 +4,17 @@ Compilation and warm-up are apart; then the contenders take turns, so that a
 busy minute of the machine falls on all of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import gc
+import math
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import logging
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 OURS = "multihead"
 
@@ -85,12 +86,15 @@ class Result:
     return None if flops is None else flops / self.median
 
 
-def run(case: Case, repeats: int) -> list[Result]:
+def run(
+  case: Case, repeats: int, most_seconds: float = math.inf
+) -> list[Result]:
   """Times all contenders of a case, turn by turn.
 
   Args:
     case: what to time.
     repeats: timed calls of each.
+    most_seconds: no further turn begins when timed calls have taken so long.
 
   Returns:
     One result per contender.
@@ -109,6 +113,8 @@ def run(case: Case, repeats: int) -> list[Result]:
     results[name] = Result(case, name, first)
   seconds = {name: [] for name in jobs}
   for _ in range(repeats):
+    if sum(map(sum, seconds.values())) > most_seconds:
+      break
     for name, job in jobs.items():
       seconds[name].append(_clock(job))
   jobs.clear()

@@ -5,7 +5,7 @@ can: the state of the scan has forgotten how it got there. What can be done is
 to keep a copy at a prefix, and to continue from it as often as one likes.
 """
 
-import json
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +21,26 @@ from multihead.errors import UserError
 InitCache = Callable[[int, int], Cache]
 
 _FORMAT = "multihead cache snapshot 1"
+
+
+# Fields of a module that say how it computes, not what.
+_EXECUTION = ("parent", "name", "scan_layers", "remat", "param_dtype")
+
+
+def architecture(model: Any) -> dict[str, str]:
+  """What a linen module computes: its class and fields, in words.
+
+  Two modules of one architecture are one function of parameters and inputs,
+  up to the order of the parameters' layers and rounding.
+  """
+  fields = {
+    field.name: repr(getattr(model, field.name))
+    for field in dataclasses.fields(model)
+    if field.name not in _EXECUTION
+    and not field.name.startswith("initializer")
+    and not field.name.endswith("_implementation")
+  }
+  return {"model": type(model).__name__, **fields}
 
 
 def _shapes(init_cache: InitCache, batch_size: int, max_length: int) -> Cache:
@@ -90,7 +110,7 @@ def save(
   path: str | pathlib.Path,
   cache: Cache,
   logits: Any,
-  identity: Mapping[str, Any],
+  identity: Mapping[str, str],
 ) -> None:
   """Writes a cache and the logits that go with it as a directory.
 
@@ -98,7 +118,7 @@ def save(
     path: a directory that does not exist yet.
     cache: with the slots in use, see `resize`.
     logits: [B, V], the scores of the token that comes next.
-    identity: what the snapshot belongs to, JSON values; `load` compares it.
+    identity: what the snapshot belongs to, by name; `load` compares it.
 
   Raises:
     UserError: the path exists.
@@ -107,9 +127,10 @@ def save(
   if path.exists():
     raise UserError(f"{path} exists; give a path for a new snapshot")
   rows, slots = size(cache)
+  arrays = {"cache": cache, "logits": logits}
   metadata = {
     "format": _FORMAT,
-    "identity": json.loads(json.dumps(dict(identity))),
+    "identity": {**identity, **_describe(arrays)},
     "rows": rows,
     "slots": slots,
   }
@@ -118,7 +139,7 @@ def save(
       path,
       ocp.args.Composite(
         metadata=ocp.args.JsonSave(metadata),
-        arrays=ocp.args.StandardSave({"cache": cache, "logits": logits}),
+        arrays=ocp.args.StandardSave(arrays),
       ),
     )
 
@@ -127,7 +148,8 @@ def load(
   path: str | pathlib.Path,
   init_cache: InitCache,
   vocab_size: int,
-  identity: Mapping[str, Any],
+  identity: Mapping[str, str],
+  sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[Cache, Any]:
   """Reads what `save` wrote.
 
@@ -136,6 +158,8 @@ def load(
     init_cache: of the model that will use the cache.
     vocab_size: V.
     identity: of that model.
+    sharding: where the arrays go; the default device if None. It need not be
+      where they were when they were saved.
 
   Returns:
     The cache, with as many slots as it was saved with, and the logits.
@@ -144,6 +168,8 @@ def load(
     UserError: there is no snapshot, it is torn, or it belongs to something
       else; the text says what differs.
   """
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   path = pathlib.Path(path).absolute()
   if not path.is_dir():
     raise UserError(f"there is no snapshot at {path}")
@@ -152,13 +178,19 @@ def load(
     metadata = found.metadata
     if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
       raise UserError(f"{path} is not a cache snapshot of this program")
-    _compare(path, metadata["identity"], json.loads(json.dumps(dict(identity))))
     rows, slots = metadata["rows"], metadata["slots"]
     target = {
       "cache": _shapes(init_cache, rows, slots),
       "logits": jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32),
     }
-    arrays = _read(reader, path, arrays=ocp.args.StandardRestore(target)).arrays
+    _compare(path, metadata["identity"], {**identity, **_describe(target)})
+    arrays = _read(
+      reader,
+      path,
+      arrays=ocp.args.StandardRestore(
+        jax.tree.map(lambda leaf: leaf.update(sharding=sharding), target)
+      ),
+    ).arrays
   return arrays["cache"], arrays["logits"]
 
 
@@ -173,10 +205,22 @@ def _read(reader: ocp.Checkpointer, path: pathlib.Path, **args: Any) -> Any:
     ) from error
 
 
-def _compare(path: pathlib.Path, saved: Any, wanted: Any) -> None:
+def _describe(arrays: Any) -> dict[str, str]:
+  """Each array of a tree by its path, as 'float32[2, 3]'."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): (
+      f"{leaf.dtype}{list(leaf.shape)}"
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+  }
+
+
+def _compare(
+  path: pathlib.Path, saved: Mapping[str, str], wanted: Mapping[str, str]
+) -> None:
   differ = [
-    f"{key} is {saved.get(key)!r} there and {wanted.get(key)!r} here"
-    for key in sorted(saved.keys() | wanted.keys())
+    f"{key} is {saved.get(key)} there and {wanted.get(key)} here"
+    for key in [*wanted, *(key for key in saved if key not in wanted)]
     if saved.get(key) != wanted.get(key)
   ]
   if differ:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from multihead.checkpoints.hub_format import Entry
+from multihead.checkpoints.key_map import Entry
 from multihead.errors import UserError, nearest
 from multihead.models import falcon_h1
 

@@ -1,9 +1,8 @@
 """Moves parameters between our trees and a Hugging Face weight directory.
 
-A family (one file per model family beside this one) states its key map: which
-of our parameters each stored tensor holds, and in which layout. This file turns
-a key map into reads that go straight to the shard that wants them, and into
-writes that gather one tensor at a time.
+A family (one file per model family beside this one) states its key map, as
+entries of key_map.py. This file turns a key map into reads that go straight to
+the shard that wants them, and into writes that gather one file at a time.
 """
 
 import collections
@@ -14,128 +13,30 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.traverse_util
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
-from multihead.checkpoints import safetensors_io
-from multihead.checkpoints.safetensors_io import StoredTensor, TensorToWrite
+from multihead.checkpoints.key_map import Entry, Tensor, resolve
+from multihead.checkpoints.safetensors_io import (
+  DTYPES,
+  INDEX_FILE,
+  SINGLE_FILE,
+  StoredTensor,
+  read_directory,
+  shorten,
+)
 from multihead.errors import UserError
 from multihead.parallel import sharding as sharding_lib
 
-Layout = Literal["matrix", "vector", "linear", "conv"]
-
 # Buffers that some exporters keep; the config determines them.
 _DERIVED = (".rotary_emb.inv_freq", ".mamba.mup_vector")
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """One stored tensor and the parameters of ours that it holds.
-
-  Attributes:
-    name: name of the stored tensor; `{layer}` stands for the layer's number.
-    paths: our parameters, joined along the first axis of the stored tensor.
-      A path under `layers/` is one layer's part of the stack.
-    layout: how one parameter is stored. `matrix`: as it is. `vector`: all axes
-      flattened. `linear`: [inputs, outputs] stored as [outputs, inputs].
-      `conv`: [W, channels] stored as [channels, 1, W].
-    inputs: number of leading axes of a `linear` kernel that are its input.
-  """
-
-  name: str
-  paths: tuple[str, ...]
-  layout: Layout
-  inputs: int = 1
-
-  def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The stored shape of one of our parameters of this shape."""
-    match self.layout:
-      case "matrix":
-        return shape
-      case "vector":
-        return (math.prod(shape),)
-      case "linear":
-        k = self.inputs
-        return math.prod(shape[k:]), math.prod(shape[:k])
-      case "conv":
-        return math.prod(shape[1:]), 1, shape[0]
-
-  def to_stored(self, value: np.ndarray) -> np.ndarray:
-    """One of our parameters as it is stored."""
-    match self.layout:
-      case "linear":
-        outputs, inputs = self.stored_shape(value.shape)
-        return value.reshape(inputs, outputs).T
-      case "conv":
-        return value.reshape(value.shape[0], -1).T[:, None]
-    return value.reshape(self.stored_shape(value.shape))
-
-  def from_stored(
-    self, stored: np.ndarray, shape: tuple[int, ...]
-  ) -> np.ndarray:
-    """A view of the stored rows in our layout; copies nothing."""
-    match self.layout:
-      case "linear":
-        stored = stored.T
-      case "conv":
-        stored = stored[:, 0].T
-    return stored.reshape(shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-  """A parameter, or one layer's slice of a stacked one."""
-
-  path: str
-  layer: int | None
-  shape: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-  """A stored tensor, resolved for one model."""
-
-  name: str
-  entry: Entry
-  parts: tuple[_Part, ...]
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    shapes = [self.entry.stored_shape(part.shape) for part in self.parts]
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-
-def _resolve(
-  entries: Sequence[Entry], shapes: Mapping[str, tuple[int, ...]], layers: int
-) -> list[_Tensor]:
-  """Spells out a key map for a parameter tree, stacked or not."""
-
-  def part(path: str, layer: int | None) -> _Part:
-    if layer is None:
-      return _Part(path, None, shapes[path])
-    if path in shapes:
-      return _Part(path, layer, shapes[path][1:])
-    path = path.replace("layers/", f"layers_{layer}/", 1)
-    return _Part(path, None, shapes[path])
-
-  def tensor(entry: Entry, layer: int | None) -> _Tensor:
-    parts = tuple(part(path, layer) for path in entry.paths)
-    return _Tensor(entry.name.format(layer=layer), entry, parts)
-
-  per_layer = [e for e in entries if e.paths[0].startswith("layers/")]
-  tensors = [tensor(e, None) for e in entries if e not in per_layer]
-  tensors += [tensor(e, i) for i in range(layers) for e in per_layer]
-  covered = {part.path for t in tensors for part in t.parts}
-  if covered != shapes.keys():
-    raise ValueError(
-      f"the key map and the model differ in {sorted(covered ^ shapes.keys())}"
-    )
-  return tensors
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -149,7 +50,6 @@ def check_names(
   hint: str = "",
 ) -> None:
   """Raises one UserError with every missing, unexpected or mis-shaped name."""
-  shorten = safetensors_io.shorten
   problems = []
   if missing := [name for name in expected if name not in found]:
     problems.append(f"{len(missing)} missing: {shorten(missing)}")
@@ -190,7 +90,8 @@ def load_params(
 
   Returns:
     The parameters. In host memory there is never more than one parameter's
-    shards for the devices of this process.
+    shards for the devices of this process, and one layer's part of it as it is
+    stored.
 
   Raises:
     UserError: files missing or torn; tensors missing, unexpected, of another
@@ -201,15 +102,17 @@ def load_params(
     name: leaf.shape
     for name, leaf in _flatten(sharding_lib.abstract_params(model)).items()
   }
-  tensors = _resolve(entries, shapes, model.num_hidden_layers)
+  tensors = resolve(entries, shapes, model.num_hidden_layers)
   stored = {
     name: tensor
-    for name, tensor in safetensors_io.read_directory(path).items()
+    for name, tensor in read_directory(path).items()
     if not name.endswith(_DERIVED)
   }
-  for name, original in (copies or {}).items():
-    if name in stored and original in stored:
-      _check_copy(path, stored.pop(name), stored[original])
+  dropped = {
+    name: stored.pop(name)
+    for name, original in (copies or {}).items()
+    if name in stored and original in stored
+  }
   hint = ""
   if "lm_head.weight" not in stored and not copies:
     hint = " A checkpoint without lm_head needs tie_word_embeddings true."
@@ -219,12 +122,14 @@ def load_params(
     {name: tensor.shape for name, tensor in stored.items()},
     hint,
   )
-  views = _views(tensors, stored)
+  for name, copy in dropped.items():
+    _check_copy(path, copy, stored[copies[name]])
+  sources = _sources(tensors, stored)
   shardings = (
     {} if mesh is None else _flatten(sharding_lib.param_shardings(model, mesh))
   )
   params = {
-    name: _place(name, views[name], shapes[name], dtype, shardings.get(name))
+    name: _place(name, sources[name], shapes[name], dtype, shardings.get(name))
     for name in shapes
   }
   return flax.traverse_util.unflatten_dict(params, sep="/")
@@ -234,11 +139,12 @@ def _check_copy(
   path: pathlib.Path, copy: StoredTensor, original: StoredTensor
 ) -> None:
   same = copy.shape == original.shape and copy.dtype == original.dtype
-  # Bit for bit and a mebibyte at a time: both may be gigabytes.
-  step = 2**20
+  # Bit for bit and some rows at a time: both may be gigabytes.
+  step = 64
   same = same and all(
-    np.array_equal(copy.data[i : i + step], original.data[i : i + step])
-    for i in range(0, copy.data.size, step)
+    copy.read(slice(i, i + step), slice(None)).tobytes()
+    == original.read(slice(i, i + step), slice(None)).tobytes()
+    for i in range(0, copy.shape[0], step)
   )
   if not same:
     raise UserError(
@@ -247,48 +153,68 @@ def _check_copy(
     )
 
 
-def _views(
-  tensors: Sequence[_Tensor], stored: Mapping[str, StoredTensor]
-) -> dict[str, list[np.ndarray]]:
-  """Lazy views in our layout: one per layer for a stacked parameter."""
-  views: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """Where a parameter, or one layer's slice of it, is stored.
+
+  Attributes:
+    tensor: the stored tensor, which may hold other parameters too.
+    entry: its entry of the key map.
+    row: where the parameter begins on the tensor's first axis.
+    shape: of the parameter.
+  """
+
+  tensor: StoredTensor
+  entry: Entry
+  row: int
+  shape: tuple[int, ...]
+
+  def read(self, index: tuple[slice, ...]) -> np.ndarray:
+    """The part of the parameter at `index`, a slice of step 1 per axis."""
+    (rows, *others), inner, shape = self.entry.window(index, self.shape)
+    rows = slice(self.row + rows.start, self.row + rows.stop)
+    stored = self.tensor.read(rows, *others)
+    return self.entry.from_stored(stored, shape)[inner]
+
+
+def _sources(
+  tensors: Sequence[Tensor], stored: Mapping[str, StoredTensor]
+) -> dict[str, list[_Source]]:
+  """Where each parameter is stored: one place per layer if it is stacked."""
+  sources: dict[str, list[_Source]] = collections.defaultdict(list)
   for tensor in tensors:
-    whole = stored[tensor.name].view()
     row = 0
     for part in tensor.parts:
-      rows = tensor.entry.stored_shape(part.shape)[0]
-      view = tensor.entry.from_stored(whole[row : row + rows], part.shape)
-      views[part.path].append(view)
-      row += rows
-  return views
+      source = _Source(stored[tensor.name], tensor.entry, row, part.shape)
+      sources[part.path].append(source)
+      row += tensor.entry.stored_shape(part.shape)[0]
+  return sources
 
 
 def _place(
   name: str,
-  views: Sequence[np.ndarray],
+  sources: Sequence[_Source],
   shape: tuple[int, ...],
   dtype: np.dtype | None,
   sharding: NamedSharding | None,
 ) -> jax.Array:
   """Reads one parameter: each shard for itself if there is a sharding."""
-  stacked = len(shape) == views[0].ndim + 1
-  kinds = {view.dtype for view in views}
+  stacked = len(shape) == len(sources[0].shape) + 1
+  kinds = {source.tensor.dtype for source in sources}
   if dtype is None and len(kinds) > 1:
     raise UserError(
       f"{name}: its layers are stored as {sorted(k.name for k in kinds)}; say "
       "which one to load with dtype=."
     )
-  dtype = np.dtype(dtype or views[0].dtype)
+  dtype = np.dtype(dtype or sources[0].tensor.dtype)
 
   def read(index: tuple[slice, ...]) -> np.ndarray:
-    # Always a copy: a device array must not alias the mapped file.
     if not stacked:
-      return np.array(views[0][index], dtype, order="C")
-    layers = views[index[0]]
-    part = layers[0][index[1:]].shape
-    out = np.empty((len(layers), *part), dtype)
-    for i, view in enumerate(layers):
-      out[i] = view[index[1:]]
+      return np.asarray(sources[0].read(index), dtype, order="C")
+    part = [len(range(n)[s]) for s, n in zip(index, shape, strict=True)]
+    out = np.empty(part, dtype)
+    for i, source in enumerate(sources[index[0]]):
+      out[i] = source.read(index[1:])
     return out
 
   if sharding is None:
@@ -306,6 +232,20 @@ def _place(
   return jax.make_array_from_callback(shape, sharding, shard)
 
 
+@dataclasses.dataclass(frozen=True)
+class TensorToWrite:
+  """A tensor whose values `make` gathers when its file is written."""
+
+  name: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  make: Callable[[], np.ndarray]
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
 def tensors_to_write(
   model: Any,
   params: Any,
@@ -321,7 +261,7 @@ def tensors_to_write(
     dtype: stored dtype; None keeps the dtype of each parameter.
 
   Raises:
-    UserError: the tree is not this model's.
+    UserError: the tree is not this model's, or holds what is not float.
   """
   leaves = _flatten(params)
   expected = _flatten(sharding_lib.abstract_params(model))
@@ -332,7 +272,7 @@ def tensors_to_write(
     {name: tuple(np.shape(leaf)) for name, leaf in leaves.items()},
   )
 
-  def write(tensor: _Tensor) -> TensorToWrite:
+  def write(tensor: Tensor) -> TensorToWrite:
     kinds = {np.dtype(leaves[part.path].dtype) for part in tensor.parts}
     if dtype is None and len(kinds) > 1:
       raise UserError(
@@ -340,6 +280,11 @@ def tensors_to_write(
         "cast them to one dtype, or pass dtype=."
       )
     kind = np.dtype(dtype or kinds.pop())
+    if kind not in DTYPES.values():
+      raise UserError(
+        f"{tensor.name}: dtype {kind} cannot be saved; allowed are "
+        f"{', '.join(d.name for d in DTYPES.values())}. Pass dtype=."
+      )
 
     def make() -> np.ndarray:
       parts = [_fetch(leaves[part.path], part.layer) for part in tensor.parts]
@@ -348,7 +293,7 @@ def tensors_to_write(
 
     return TensorToWrite(tensor.name, kind, tensor.shape, make)
 
-  tensors = _resolve(entries, shapes, model.num_hidden_layers)
+  tensors = resolve(entries, shapes, model.num_hidden_layers)
   return [write(tensor) for tensor in tensors]
 
 
@@ -377,6 +322,30 @@ def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
   return np.asarray(_picker(layer is not None, everywhere)(leaf, layer or 0))
 
 
+def split_into_shards(
+  tensors: Sequence[TensorToWrite], max_shard_size: int
+) -> dict[str, list[TensorToWrite]]:
+  """File name to its tensors, at most `max_shard_size` bytes of values each.
+
+  A larger tensor has a file of its own; one file is named model.safetensors.
+  """
+  shards: list[list[TensorToWrite]] = []
+  room = 0
+  for tensor in tensors:
+    if not shards or tensor.size > room:
+      shards.append([])
+      room = max_shard_size
+    shards[-1].append(tensor)
+    room -= tensor.size
+  n = len(shards)
+  if n == 1:
+    return {SINGLE_FILE: shards[0]}
+  return {
+    f"model-{i:05d}-of-{n:05d}.safetensors": shard
+    for i, shard in enumerate(shards, 1)
+  }
+
+
 def write_directory(
   path: str | os.PathLike,
   tensors: Sequence[TensorToWrite],
@@ -396,24 +365,43 @@ def write_directory(
       replaced.
     tensors: what to store.
     documents: JSON files by name, config.json among them.
-    max_shard_size: bytes of values per weight file.
+    max_shard_size: bytes of values per weight file, all of them in host memory
+      while the file is written.
     files: further files to copy, under their own names.
   """
   path = pathlib.Path(path)
   writer = jax.process_index() == 0
-  shards = safetensors_io.split_into_shards(tensors, max_shard_size)
+  shards = split_into_shards(tensors, max_shard_size)
   documents = dict(documents)
   if len(shards) > 1:
-    documents[safetensors_io.INDEX_FILE] = safetensors_io.index_of(shards)
+    documents[INDEX_FILE] = {
+      "metadata": {"total_size": sum(tensor.size for tensor in tensors)},
+      "weight_map": {t.name: file for file in shards for t in shards[file]},
+    }
   if not writer:
-    for shard in shards.values():
-      safetensors_io.write_file(None, shard)
+    for tensor in tensors:
+      tensor.make()  # takes part in the gathering
   else:
     _write_files(path, shards, documents, files)
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
     multihost_utils.sync_global_devices(f"saved {path}")
+
+
+def write_file(path: pathlib.Path, tensors: Sequence[TensorToWrite]) -> None:
+  """Writes one weight file; UserError if that fails, e.g. for want of space."""
+  # The library writes memory as it lies and takes no note of strides.
+  values = {t.name: np.asarray(t.make(), t.dtype, order="C") for t in tensors}
+  path.touch()
+  mode = path.stat().st_mode & 0o777  # the library's own is private
+  try:
+    save_file(values, path, metadata={"format": "pt"})
+  except SafetensorError as e:
+    raise UserError(f"{path}: cannot be written: {e}.") from e
+  path.chmod(mode)
+  with path.open("rb") as f:
+    os.fsync(f.fileno())
 
 
 def _write_files(
@@ -430,7 +418,7 @@ def _write_files(
   partial.mkdir()
   try:
     for name, shard in shards.items():
-      safetensors_io.write_file(partial / name, shard)
+      write_file(partial / name, shard)
     for name, document in documents.items():
       text = json.dumps(document, indent=2, sort_keys=True) + "\n"
       (partial / name).write_text(text, "utf-8")

@@ -230,9 +230,11 @@ def save_pretrained(
       takes the half for the whole.
     model: the model.
     params: its parameters, on the host or sharded in any way; gathered one
-      tensor at a time.
+      weight file at a time.
     dtype: to store; None stores each parameter in its own dtype.
-    max_shard_size: bytes per weight file; more are split, with an index.
+    max_shard_size: bytes per weight file; more are split, with an index. The
+      host holds one file's values at a time: lower it to save memory. (Only a
+      single tensor larger than this takes more.)
     special_tokens: ids to write into config.json; without them, none.
     tokenizer_files: a directory whose tokenizer files are copied, or a list of
       files.

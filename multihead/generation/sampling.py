@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
-import numpy as np
 
 # Candidates are sorted in blocks of this many at least, so that top_k = 40
 # and top_k = 50 share a program.

@@ -1,4 +1,4 @@
-"""Array operations: pure functions of arrays, each with several implementations.
+"""Array operations: pure functions, each with several implementations.
 
 Every operation takes `implementation=`: None for the best that supports the
 arguments on this device, a name for that one or an error with the reason, or a

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from absl import logging
 import jax
 import numpy as np
+from absl import logging
 
 from multihead import errors
 
@@ -131,12 +131,15 @@ def describe(op: str | Callable[..., Any], *args, **kwargs) -> Selection:
   function, name = _operation(op)
   leaves, treedef = jax.tree.flatten((args, kwargs))
   is_array = [_is_array(leaf) for leaf in leaves]
-  arrays = [leaf for leaf, yes in zip(leaves, is_array) if yes]
+  arrays = [leaf for leaf, yes in zip(leaves, is_array, strict=True) if yes]
 
   def call(*arrays):
     # Everything that is no array (causal=True, a scale) keeps its value.
     left = iter(arrays)
-    full = [next(left) if yes else x for x, yes in zip(leaves, is_array)]
+    full = [
+      next(left) if yes else leaf
+      for leaf, yes in zip(leaves, is_array, strict=True)
+    ]
     positional, named = jax.tree.unflatten(treedef, full)
     return function(*positional, **named)
 

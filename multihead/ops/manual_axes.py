@@ -12,8 +12,8 @@ on every shard is summed over the shards.
 from collections.abc import Sequence
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 _EMPTY = frozenset()
 
@@ -42,7 +42,10 @@ def alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
 
 
 def full(
-  shape: Sequence[int], value: float, dtype: jax.typing.DTypeLike, like: jax.Array
+  shape: Sequence[int],
+  value: float,
+  dtype: jax.typing.DTypeLike,
+  like: jax.Array,
 ) -> jax.Array:
   """An array of one value that may differ where `like` may: a loop's carry."""
   return cast(jnp.full(shape, value, dtype), _axes(like))

@@ -51,7 +51,8 @@ def make_mesh(
   if free:
     sizes[free[0]] = len(devices) // fixed
   if math.prod(sizes.values()) != len(devices) or len(devices) % fixed:
-    given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    asked = zip(AXES, (data, fsdp, sequence, tensor), strict=True)
+    given = ", ".join(f"{name}={size}" for name, size in asked)
     raise UserError(
       f"the mesh {given} needs {fixed}{' x n' if free else ''} devices, but "
       f"there are {len(devices)}; make the product of the axes equal it"

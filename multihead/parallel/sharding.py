@@ -4,6 +4,7 @@ Parameters carry logical axis names; the table below maps each name to a mesh
 axis. A mesh axis that does not divide a dimension leaves it replicated.
 """
 
+import functools
 import logging
 import math
 from typing import Any
@@ -78,6 +79,7 @@ def _init(model: nn.Module, rng: jax.Array) -> Any:
   return model.init(rng, tokens)["params"]
 
 
+@functools.lru_cache(maxsize=8)
 def _abstract_boxed(model: nn.Module) -> Any:
   return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
 

@@ -310,8 +310,8 @@ class _Loop:
     raise NonFiniteError(
       f"step {step}: loss {metrics['loss']}, gradient norm "
       f"{metrics['gradient_norm']}; its update was not applied. Last good "
-      f"checkpoint: {good}. Lower config.optimizer.lr or clip_norm, lengthen "
-      "the warm-up, or look at the data of that step, and start again"
+      f"checkpoint: {good}. Lower config.optimizer.lr, set clip_norm, "
+      "lengthen the warm-up, or look at the data of that step; then start again"
     )
 
   def _validate(self, max_batches: int) -> dict[str, float]:

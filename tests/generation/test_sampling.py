@@ -1,9 +1,9 @@
 """Sampling against brute force in numpy."""
 
-from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl.testing import parameterized
 
 from multihead.generation import sampling
 
@@ -64,7 +64,9 @@ class SamplingTest(parameterized.TestCase):
     # 0.5 + 0.25 reaches 0.75 exactly: the third token is out; a little more
     # and it is in.
     logits = np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))
-    self.assertEqual(set(_draws(logits, 2000, temperature=1.0, top_p=0.75)), {0, 1})
+    self.assertEqual(
+      set(_draws(logits, 2000, temperature=1.0, top_p=0.75)), {0, 1}
+    )
     self.assertEqual(
       set(_draws(logits, 2000, temperature=1.0, top_p=0.76)), {0, 1, 2}
     )

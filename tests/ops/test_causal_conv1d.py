@@ -4,11 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
-from multihead.ops.causal_conv1d import causal_conv1d
+from multihead.ops.causal_conv1d import causal_conv1d, xla
 from multihead.ops.dispatch import describe
 
 IMPLEMENTATIONS = ("xla", "reference")
@@ -121,7 +121,7 @@ def test_the_oracles_gradients_are_finite_differences():
 
   def loss(inputs):
     out, _ = oracle(inputs, cotangents, **options)
-    return sum((c * o).sum() for c, o in zip(cotangents, out))
+    return sum((c * o).sum() for c, o in zip(cotangents, out, strict=True))
 
   _, gradients = oracle(inputs, cotangents, **options)
   draw = np.random.default_rng(2).normal
@@ -137,7 +137,7 @@ CASES = {
   "one token": dict(length=1, width=4),
   "shorter than the window": dict(length=2, width=4, borders=(1,)),
   "shorter than the window, one segment": dict(length=2, width=5),
-  "one tap": dict(length=6, width=1),
+  "one tap": dict(length=6, width=1, borders=(2,), activation="silu"),
   "nothing optional": dict(length=13, width=3, plain=True),
   "silu": dict(length=33, width=4, activation="silu"),
   "segments, some of one token": dict(
@@ -171,6 +171,26 @@ def test_values_and_gradients(implementation, case):
   assert_close(out[0], wanted[0], 1e-6, "y")
   assert_close(out[1], wanted[1], 1e-7, "final state")
   assert actual.keys() == gradients.keys()
+  for name in gradients:
+    assert_close(actual[name], gradients[name], 2e-6, name)
+
+
+@pytest.mark.parametrize("plain", (False, True))
+@pytest.mark.parametrize("length", (100, 131))
+def test_backward_in_blocks(monkeypatch, length, plain):
+  """Several blocks of tokens, also where they do not divide the length."""
+  monkeypatch.setattr(xla, "_BLOCK_ELEMENTS_CPU", 300)
+  inputs = make_inputs(length, 4, bias=not plain, state=not plain)
+  cotangents = make_cotangents(length, 4)
+  blocks, size = xla._blocks(inputs["x"], 3)
+  assert blocks > 2 and (blocks * size == length) == (length == 100)
+  # Borders before, at and behind the ends of blocks, also in pairs.
+  ids = None if plain else segments(length, (1, 24, 32, 33, 50, 66, 68, 98))
+  options = dict(segment_ids=ids, activation="silu")
+  wanted, gradients = oracle(inputs, cotangents, **options)
+  cast = functools.partial(jax.tree.map, lambda v: jnp.asarray(v, jnp.float32))
+  out, actual = value_and_gradients(cast(inputs), cast(cotangents), **options)
+  assert_close(out[0], wanted[0], 1e-6, "y")
   for name in gradients:
     assert_close(actual[name], gradients[name], 2e-6, name)
 
@@ -357,10 +377,11 @@ def test_vmap_checkpoint_and_second_order():
     assert_close(actual[name], wanted[name], 1e-5, name)
 
   first = jax.grad(functools.partial(loss, implementation="xla"))
-  twice = jax.tree.map(lambda v: jnp.stack([v, -v]), inputs)
+  both = inputs, jax.tree.map(jnp.negative, inputs)
+  twice = jax.tree.map(lambda *v: jnp.stack(v), *both)
   mapped = jax.jit(jax.vmap(jax.checkpoint(first)))(twice)
-  for i, sign in enumerate((1, -1)):
-    wanted = jax.jit(first)(jax.tree.map(lambda v: sign * v, inputs))
+  for i, one in enumerate(both):
+    wanted = jax.jit(first)(one)
     for name in wanted:
       assert_close(mapped[name][i], wanted[name], 1e-6, name)
 

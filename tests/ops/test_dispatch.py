@@ -2,10 +2,10 @@
 
 import types
 
-from absl import logging
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import logging
 
 from multihead import ops
 from multihead.ops import dispatch
@@ -19,9 +19,7 @@ def implementation(limit):
   return module
 
 
-FAST = implementation(
-  lambda args: "needs an even x" if args["x"] % 2 else None
-)
+FAST = implementation(lambda args: "needs an even x" if args["x"] % 2 else None)
 SMALL = implementation(
   lambda args: "needs x below 10" if args["x"] >= 10 else None
 )

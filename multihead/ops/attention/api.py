@@ -5,13 +5,11 @@ import numbers
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from multihead.ops import dispatch
-from multihead.ops.attention import cudnn
-from multihead.ops.attention import reference
-from multihead.ops.attention import xla
+from multihead.ops.attention import cudnn, reference, xla
 
 _IMPLEMENTATIONS = {"cudnn": cudnn, "xla": xla, "reference": reference}
 # The reference holds [B, N, T, S] arrays: it runs only when it is named.
@@ -46,8 +44,9 @@ def attention(
   softcap * tanh(x / softcap) (just x without softcap), plus bias. All
   restrictions combine by AND. A row that may attend to nothing gives zeros,
   lse = -inf and zero gradients. A NaN or Inf in a key or value reaches the rows
-  that may see it (whole, as NaN) and no other; cudnn alone cannot promise the
-  latter within the blocks that it computes.
+  that may see it (whole, as NaN) and no other; cudnn alone cannot promise that
+  within the blocks that it computes, nor zeros where a bias of -inf empties a
+  row.
 
   Softmax, sums and lse are computed in float32 (float64 for float64 inputs),
   matrix products in the dtype of q with that accumulation.
@@ -140,7 +139,9 @@ def _check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
   elif q.shape[3] != k.shape[3]:
     wrong = "q and k differ in head dim H"
   elif 0 in (q.shape[2], k.shape[2]) or q.shape[2] % k.shape[2]:
-    wrong = f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads"
+    wrong = (
+      f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads"
+    )
   elif 0 in (q.shape[3], v.shape[3]):
     wrong = "the head dim is zero"
   if wrong:
@@ -164,10 +165,13 @@ def _broadcastable(
       f"bias must be floating, got {x.dtype}; a bool is called mask"
     )
   shape = (1,) * (4 - x.ndim) + x.shape
-  fits = len(shape) == 4 and all(a in (1, b) for a, b in zip(shape, full))
+  fits = len(shape) == 4 and all(
+    a in (1, b) for a, b in zip(shape, full, strict=True)
+  )
   if not fits:
     raise ValueError(
-      f"{name} {list(x.shape)} does not broadcast to [B, N, T, S] = {list(full)}"
+      f"{name} {list(x.shape)} does not broadcast to [B, N, T, S] = "
+      f"{list(full)}"
     )
   return x.reshape(shape)
 

@@ -7,6 +7,8 @@ of `multihead.ops.attention`, each with the reason why it is refused:
     end at the diagonal: one that does not is silently taken for unbounded;
   * it adds masks as a large negative number, so that an empty row gives the
     mean of the values instead of zeros;
+  * its backward pass takes even lengths only, and whether there will be one is
+    not known when the forward pass is chosen;
   * it returns lse rounded to the inputs' dtype and drops the gradient of it.
 """
 
@@ -15,6 +17,7 @@ from typing import Any
 import jax
 
 from multihead.ops import manual_axes
+from multihead.ops.attention import positions
 
 
 def supports(args: dict[str, Any]) -> str | None:
@@ -38,22 +41,27 @@ def _backend() -> str:
 def _head_limit(
   args: dict[str, Any], capability: tuple[int, ...]
 ) -> str | None:
-  H, Hv = args["q"].shape[-1], args["v"].shape[-1]
+  width, v_width = args["q"].shape[-1], args["v"].shape[-1]
   if capability < (8, 0):
     found = ".".join(map(str, capability))
     return f"needs compute capability 8.0 or higher, this GPU has {found}"
-  if H != Hv:
-    return f"needs values as wide as keys, got head dims H={H} and Hv={Hv}"
+  if width != v_width:
+    return (
+      f"needs values as wide as keys, got head dims H={width} and Hv={v_width}"
+    )
   largest = 256 if capability >= (9, 0) else 128
-  if H % 8 or H > largest:
+  if width % 8 or width > largest:
     return (
       f"needs a head dim that is a multiple of 8 and at most {largest} on this "
-      f"GPU, got {H}"
+      f"GPU, got {width}"
     )
   return None
 
 
 def _option_limit(args: dict[str, Any]) -> str | None:
+  T, S = args["q"].shape[1], args["k"].shape[1]
+  if T % 2 or S % 2:
+    return f"has a gradient for even lengths only, got T={T} and S={S}"
   if args["return_lse"]:
     return "returns lse in the inputs' dtype and without its gradient"
   if args["softcap"] is not None:
@@ -79,8 +87,6 @@ def _bias_limit(args: dict[str, Any]) -> str | None:
       f"needs a bias with full axes T and S, [., ., {T}, {S}], got "
       f"{list(bias.shape)}"
     )
-  if T % 2 or S % 2:
-    return f"has no gradient of a bias for odd lengths, got T={T}, S={S}"
   return None
 
 
@@ -110,19 +116,10 @@ def _position_limit(args: dict[str, Any]) -> str | None:
 
 
 def _sides(args: dict[str, Any]) -> tuple[int | None, int | None]:
-  """Bounds of key position - query position, None where there is none."""
-  left, right = args["window"]
-  if args["causal"]:
-    right = 0
   T, S = args["q"].shape[1], args["k"].shape[1]
-  offset = args["q_offset"]
-  if isinstance(offset, int):
-    # A bound that no pair of positions reaches is none.
-    if left is not None and left >= T - 1 + offset:
-      left = None
-    if right is not None and right >= S - 1 - offset:
-      right = None
-  return left, right
+  return positions.bounds(
+    args["causal"], args["window"], args["q_offset"], T, S
+  )
 
 
 def run(

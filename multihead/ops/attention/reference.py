@@ -39,7 +39,13 @@ def run(
   group = q.shape[2] // k.shape[2]
   k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
   keep = _visible(
-    q.shape, k.shape[1], mask, causal, q_offset, window, q_segment_ids,
+    q.shape,
+    k.shape[1],
+    mask,
+    causal,
+    q_offset,
+    window,
+    q_segment_ids,
     kv_segment_ids,
   )
 

@@ -13,8 +13,8 @@ import functools
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 Range = tuple[int | jax.Array, int]
 
@@ -26,8 +26,8 @@ class Spec:
   Attributes:
     scale: of the products of queries and keys.
     softcap: bound of the logits before the bias, or None.
-    left: keys further than this before a row's position are hidden, or None.
-    right: keys further than this behind a row's position are hidden, or None.
+    left: see positions.py.
+    right: likewise.
     offset: position of row 0, None if it is an operand.
     restricted: whether any logit may be hidden.
     dtype: of softmax and accumulation.
@@ -139,9 +139,13 @@ def _split_heads(x: jax.Array, axis: int, groups: int) -> jax.Array:
 
 
 def pad(
-  x: jax.Array, axis: int, amount: int, value: float = 0, broadcast: bool = False
+  x: jax.Array,
+  axis: int,
+  amount: int,
+  value: float = 0,
+  broadcast: bool = False,
 ) -> jax.Array:
-  """Appends `amount` of `value` to an axis; not to one of size 1 if broadcast."""
+  """Appends `amount` of `value` to an axis (of size 1: not if broadcast)."""
   if not amount or (broadcast and x.shape[axis] == 1):
     return x
   widths = [(0, 0)] * x.ndim
@@ -231,7 +235,7 @@ def visible(
   """bool, broadcasts to the tile; None if every logit is visible."""
   (i, t), (j, s) = rows, columns
   parts = []
-  left, right = _needed_sides(spec, rows, columns)
+  left, right = spec.left, spec.right
   if left is not None or right is not None:
     # How far column j lies behind the position of row i.
     shape = (t, s)
@@ -253,46 +257,3 @@ def visible(
     q_ids = take(ops.q_ids, 1, rows)[:, None, None, :, None]
     parts.append(q_ids == take(ops.kv_ids, 1, columns)[:, None, None, None, :])
   return functools.reduce(jnp.logical_and, parts) if parts else None
-
-
-def _needed_sides(
-  spec: Spec, rows: Range, columns: Range
-) -> tuple[int | None, int | None]:
-  """left and right, None also where the tile provably lies within."""
-  (i, t), (j, s) = rows, columns
-  left, right = spec.left, spec.right
-  if all(isinstance(x, int) for x in (i, j, spec.offset)):
-    nearest = j - (i + t - 1 + spec.offset)
-    furthest = j + s - 1 - (i + spec.offset)
-    if left is not None and nearest >= -left:
-      left = None
-    if right is not None and furthest <= right:
-      right = None
-  return left, right
-
-
-def column_range(
-  spec: Spec,
-  first: jax.Array,
-  last: jax.Array,
-  offset: tuple[int | jax.Array, int | jax.Array],
-  length: int,
-) -> tuple[int | jax.Array, int | jax.Array]:
-  """Start and stop of the columns that rows first..last can see by position.
-
-  Args:
-    spec: the call.
-    first: first row.
-    last: last row.
-    offset: smallest and largest offset in the batch.
-    length: number of columns.
-  """
-  start, stop = 0, length
-  if spec.left is None and spec.right is None:
-    return start, stop  # Ints: a loop of known length.
-  if spec.left is not None:
-    start = first + offset[0] - spec.left
-  if spec.right is not None:
-    stop = last + offset[1] + spec.right + 1
-  start = jnp.clip(start, 0, length)
-  return start, jnp.clip(stop, start, length)

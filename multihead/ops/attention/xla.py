@@ -15,16 +15,14 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-import jax.numpy as jnp
 
 from multihead.ops import manual_axes
-from multihead.ops.attention import tiles
-from multihead.ops.attention.tiles import Operands
-from multihead.ops.attention.tiles import Range
-from multihead.ops.attention.tiles import Spec
+from multihead.ops.attention import positions, tiles
+from multihead.ops.attention.tiles import Operands, Range, Spec
 
 # Query rows times heads up to which keys are read as they lie.
 _FEW_ROWS = 128
@@ -55,9 +53,8 @@ def run(
   return_lse: bool,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """See `multihead.ops.attention`; arguments are checked there."""
-  left, right = window
-  if causal:
-    right = 0 if right is None else min(right, 0)
+  T, S = q.shape[1], k.shape[1]
+  left, right = positions.bounds(causal, window, q_offset, T, S)
   positional = left is not None or right is not None
   if not positional:
     q_offset = 0  # Nothing depends on it.
@@ -72,7 +69,13 @@ def run(
     dtype=jnp.promote_types(q.dtype, jnp.float32).name,
   )
   q, k, v, *rest = manual_axes.alike(
-    q, k, v, bias, mask, None if static else q_offset, q_segment_ids,
+    q,
+    k,
+    v,
+    bias,
+    mask,
+    None if static else q_offset,
+    q_segment_ids,
     kv_segment_ids,
   )
   out, lse = _attention(spec, q, k, v, *rest)
@@ -279,8 +282,8 @@ def _column_blocks(
   spec: Spec, ops: Operands, i: jax.Array, t: int, s: int
 ) -> tuple[int | jax.Array, int | jax.Array]:
   """First block of s columns that rows i..i+t-1 see, and the one after."""
-  start, stop = tiles.column_range(
-    spec, i, i + t - 1, _offsets(spec, ops), ops.length
+  start, stop = positions.column_range(
+    spec.left, spec.right, i, i + t - 1, _offsets(spec, ops), ops.length
   )
   return start // s, _ceil(stop, s)
 
@@ -330,7 +333,9 @@ def _forward_loop(
   starts = t * jnp.arange(_ceil(T, t), dtype=jnp.int32)
   out, lse = lax.map(row_block, starts)
   # [blocks, B, K, G, t, ...] to [B, K, G, T, ...]
-  return _join_blocks(out, T), jnp.moveaxis(lse, 0, 3).reshape(B, N, -1)[..., :T]
+  return _join_blocks(out, T), jnp.moveaxis(lse, 0, 3).reshape(B, N, -1)[
+    ..., :T
+  ]
 
 
 def _join_blocks(x: jax.Array, T: int) -> jax.Array:
@@ -435,10 +440,8 @@ def _backward_loop(
   S = k.shape[1]
   t, s = _loop_sizes(B * N, T, S)
   ops = tiles.operands(q, k, v, bias, *rest, padding=(-T % t, -S % s))
-  d_out, lse, delta = (tiles.pad(x, 3, -T % t) for x in terms)
-  # A padded row is an empty one.
-  lse = jnp.where(jnp.arange(lse.shape[3]) < T, lse, jnp.inf)
-  terms = (d_out, lse, delta)
+  # A padded row has a d_out of 0 and adds nothing.
+  terms = tuple(tiles.pad(x, 3, -T % t) for x in terms)
 
   def row_block(sums, i):
     def column_block(j, carry):

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from multihead.ops import dispatch
-from multihead.ops.causal_conv1d import reference
-from multihead.ops.causal_conv1d import xla
+from multihead.ops.causal_conv1d import reference, xla
 
 _IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 _PREFERENCE = ("xla", "reference")
@@ -93,8 +92,7 @@ def causal_conv1d(
   if segment_ids is not None:
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
       raise TypeError(
-        "causal_conv1d: segment_ids must be integers, got "
-        f"{segment_ids.dtype}"
+        f"causal_conv1d: segment_ids must be integers, got {segment_ids.dtype}"
       )
     if segment_ids.shape != (batch, length):
       raise ValueError(

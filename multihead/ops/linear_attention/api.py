@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from multihead.ops import dispatch
-from multihead.ops.linear_attention import reference
-from multihead.ops.linear_attention import xla
+from multihead.ops.linear_attention import reference, xla
 
 _IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 _PREFERENCE = ("xla", "reference")
@@ -56,7 +55,7 @@ def linear_attention(
     k: [B, T, K, H] of the same dtype; K divides N.
     v: [B, T, K, Hv] of the same dtype.
     causal: whether y_t reads the state after token t or after the last one.
-    log_decay: [B, T, N], finite and at most 0.
+    log_decay: [B, T, N], at most 0; -inf forgets all before the token.
     normalize: whether to divide by the sum of the weights.
     initial_state: [B, N, H, Hs] before the first token; None is zero.
     segment_ids: [B, T] integers. Where the id changes the state restarts from
@@ -98,8 +97,9 @@ def linear_attention(
   if not causal:
     for name, x in (("log_decay", log_decay), ("segment_ids", segment_ids)):
       if x is not None:
-        raise ValueError(f"{name} needs causal=True: without it no token has a "
-                         "state of its own")
+        raise ValueError(
+          f"{name} needs causal=True: without it no token has its own state"
+        )
   if int(chunk_size) < 1:
     raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
   if not math.isfinite(scale):
@@ -143,7 +143,9 @@ def _check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
   elif 0 in q.shape + v.shape:
     wrong = "an axis is empty"
   elif q.shape[2] % k.shape[2]:
-    wrong = f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads"
+    wrong = (
+      f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads"
+    )
   if wrong:
     raise ValueError(f"{wrong}: {shapes}; linear_attention takes {layout}")
 

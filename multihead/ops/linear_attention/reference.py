@@ -3,8 +3,8 @@
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 from multihead.ops import manual_axes
 
@@ -61,9 +61,7 @@ def run(
   state, y = lax.scan(token, state.astype(dtype), xs)
   y = jnp.moveaxis(y, 0, 1)
   if not causal:
-    y = jnp.einsum(
-      "btnh,bnhv->btnv", q, state, precision=lax.Precision.HIGHEST
-    )
+    y = jnp.einsum("btnh,bnhv->btnv", q, state, precision=lax.Precision.HIGHEST)
   if normalize:
     y, total = y[..., :-1], y[..., -1:]
     y = jnp.where(total == 0, 0, y / jnp.where(total == 0, 1, total))

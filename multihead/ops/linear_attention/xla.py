@@ -6,11 +6,12 @@ chunk again from that state, so the memory kept per token is H * Hv / chunk_size
 numbers, and no state per token ever exists.
 """
 
+import math
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 from multihead.ops import manual_axes
 
@@ -82,7 +83,9 @@ def _causal(
   xs = {name: _chunks(x, size) for name, x in xs.items()}
   if segment_ids is not None:
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    run = jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    run = jnp.pad(
+      jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0))
+    )
     before = jnp.pad(run, ((0, 0), (1, 0)))[:, :T:size]
     xs["run"] = _chunks(run, size, "edge")
     xs["run_before"] = before.T  # Number of the segment that the state is of.
@@ -125,9 +128,7 @@ def _chunk(
   """
   dtype = state.dtype
   C = q.shape[1]
-  weights = jnp.einsum(
-    "btkgh,bskh->bkgts", q, k, preferred_element_type=dtype
-  )
+  weights = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=dtype)
   keep = jnp.tril(jnp.ones((C, C), bool))
   if run is not None:
     keep = keep & (run[:, :, None] == run[:, None, :])[:, None, None]
@@ -137,14 +138,16 @@ def _chunk(
   if log_decay is None:
     weights = jnp.where(keep, weights, 0)
   else:
-    total = jnp.cumsum(log_decay, axis=1)
-    by_row = jnp.moveaxis(total, 1, -1)  # [B, K, G, C]
-    fade = by_row[..., :, None] - by_row[..., None, :]
+    sums = _sums_of_decay(log_decay)
+    fade = 0
+    for part in sums:
+      part = jnp.moveaxis(part, 1, -1)  # [B, K, G, C]
+      fade = fade + (part[..., :, None] - part[..., None, :])
     # Hidden before exp: above the diagonal it may overflow.
     weights = weights * jnp.exp(jnp.where(keep, fade, -jnp.inf))
-    read = jnp.exp(total)[..., None]
-    write = jnp.exp(total[:, -1:] - total)[..., None]
-    left = jnp.exp(total[:, -1])[..., None, None]
+    read = jnp.exp(sum(sums))[..., None]
+    write = jnp.exp(sum(part[:, -1:] - part for part in sums))[..., None]
+    left = read[:, -1, ..., None]
   if run is not None:
     token = lambda x: x[:, :, None, None, None]
     read = jnp.where(token(run == run_before[:, None]), read, 0)
@@ -152,7 +155,10 @@ def _chunk(
     same = (run[:, -1] == run_before)[:, None, None, None, None]
     left = jnp.where(same, left, 0)
   y = jnp.einsum(
-    "bkgts,bskv->btkgv", weights.astype(v.dtype), v, preferred_element_type=dtype
+    "bkgts,bskv->btkgv",
+    weights.astype(v.dtype),
+    v,
+    preferred_element_type=dtype,
   )
   y = y + read * jnp.einsum("btkgh,bkghv->btkgv", q.astype(dtype), state)
   if log_decay is None and run is None:
@@ -164,3 +170,18 @@ def _chunk(
       "bskgh,bskv->bkghv", written, v, preferred_element_type=dtype
     )
   return left * state + added, y
+
+
+def _sums_of_decay(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Running sums over axis 1, as two parts whose differences are accurate.
+
+  A difference of two long sums has the rounding error of the sums. The first
+  part is therefore a sum of multiples of 1/64, which is exact, and the second
+  one of what is left of each, which is small.
+  """
+  # Beyond this exp is 0; a larger number would only cost digits.
+  smallest = jnp.finfo(log_decay.dtype).smallest_subnormal
+  lowest = 1.1 * math.log(float(smallest))
+  log_decay = jnp.maximum(log_decay, lowest)
+  coarse = jnp.round(64 * log_decay) / 64  # Without slope, as rounding is.
+  return jnp.cumsum(coarse, axis=1), jnp.cumsum(log_decay - coarse, axis=1)

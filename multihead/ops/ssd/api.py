@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from multihead.ops import dispatch
-from multihead.ops.ssd import reference
-from multihead.ops.ssd import xla
+from multihead.ops.ssd import reference, xla
 
 _IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 _PREFERENCE = ("xla", "reference")
@@ -43,7 +42,8 @@ def ssd(
 
   Args:
     x: [B, T, N, H] inputs. Matrix products run in the common dtype of x, B and
-      C; decays, sums and states in float32 (in float64 if x is).
+      C (on a CPU in float32 at least), at jax's default matmul precision;
+      decays, sums and states are in float32 (in float64 if x is).
     dt: [B, T, N] step sizes, before bias, softplus and clipping.
     A: [N], negative for a state that decays.
     B: [B, T, G, M] input maps; G divides N.

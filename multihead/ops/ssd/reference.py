@@ -64,9 +64,7 @@ def run(
   dt = effective_dt(dt, dt_bias, dt_softplus, dt_limit).astype(dtype)
   inputs = [v.astype(dtype) for v in (x, B, C)]
   state, A = initial_state.astype(dtype), A.astype(dtype)
-  state, A, dt, fresh, *inputs = manual_axes.alike(
-    state, A, dt, fresh, *inputs
-  )
+  state, A, dt, fresh, *inputs = manual_axes.alike(state, A, dt, fresh, *inputs)
 
   def step(state, now):
     x, B, C, dt, fresh = now

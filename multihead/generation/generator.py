@@ -1,34 +1,25 @@
-"""Prefill and decode over a static cache: two compiled programs.
+"""Generation with any causal model that has a decode cache."""
 
-`_prefill` reads the prompt, `_decode` is a loop on the device that feeds the
-model its own tokens. Both see shapes that prompts of many lengths share, and
-numbers (how many tokens, temperature, ..) as arguments, so a second prompt
-does not compile anything.
-"""
-
-from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from multihead.cache import snapshots
 from multihead.cache.static import Cache
 from multihead.errors import UserError
-from multihead.generation import sampling
-from multihead.parallel.sharding import BATCH_AXES, constrain
+from multihead.generation import programs, sampling
+from multihead.generation.programs import Progress
+from multihead.parallel import sharding
 
 Callback = Callable[[Int[np.ndarray, "B n"]], None]
-
-# Fields of a model that say how it computes, not what.
-_EXECUTION = ("parent", "name", "scan_layers", "remat", "param_dtype")
 
 
 def bucket(length: int) -> int:
@@ -56,159 +47,13 @@ class Prefix:
   used: int
 
 
-# Everything below `Generator` runs inside jit. `progress` is what decoding
-# carries besides the cache:
-#   logits [B, V]  scores of the token at `step`
-#   token [B]      the token at `step`, once it has been chosen
-#   tokens [B, S]  tokens chosen so far
-#   done [B]       whether the row has seen an eos
-#   step []        number of the token that is chosen next
-Progress = dict[str, Array]
-
-
-def _pin(progress: Progress) -> Progress:
-  """Fixes where everything lives on the mesh, the same after every call."""
-  spread = {"logits": (BATCH_AXES, "tensor")}
-  return {
-    name: constrain(x, *spread.get(name, (None,) * x.ndim))
-    for name, x in progress.items()
-  }
-
-
-def _begin(cache: Cache, logits: Array) -> tuple[Cache, Progress]:
-  """The progress of a generation that has not chosen a token yet."""
-  batch, slots = snapshots.size(cache)
-  progress = {
-    "logits": logits,
-    "token": jnp.zeros(batch, jnp.int32),
-    "tokens": jnp.zeros((batch, slots), jnp.int32),
-    "done": jnp.zeros(batch, bool),
-    "step": jnp.zeros((), jnp.int32),
-  }
-  return cache, _pin(progress)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "slots", "dtype"))
-def _prefill(
-  model: Any, params: Any, tokens: Array, mask: Any, slots: int, dtype: Any
-) -> tuple[Cache, Progress]:
-  """Reads a whole prompt into a new cache."""
-  logits, cache = model.apply(
-    {"params": params},
-    constrain(tokens, BATCH_AXES, None),
-    mask,
-    cache=model.init_cache(tokens.shape[0], slots, dtype),
-    prefill=True,
-    last_only=True,
-  )
-  return _begin(cache, logits[:, 0])
-
-
-@functools.partial(
-  jax.jit, static_argnames=("model", "batch", "slots", "dtype")
-)
-def _start(
-  model: Any, prefix: Any, batch: int, slots: int, dtype: Any
-) -> tuple[Cache, Progress]:
-  """An empty cache, or a copy of a prefix for this batch and length."""
-  if prefix is None:
-    cache = model.init_cache(batch, slots, dtype)
-    return _begin(cache, jnp.zeros((batch, model.vocab_size), jnp.float32))
-  cache, logits = prefix
-  init_cache = functools.partial(model.init_cache, dtype=dtype)
-  cache = snapshots.resize(init_cache, cache, batch, slots)
-  cache = model.place_cache(cache)
-  shape = (batch, *logits.shape[1:])
-  return _begin(cache, jnp.broadcast_to(logits, shape))
-
-
-@functools.partial(
-  jax.jit, static_argnames="model", donate_argnames=("cache", "progress")
-)
-def _extend(
-  model: Any,
-  params: Any,
-  cache: Cache,
-  progress: Progress,
-  tokens: Array,
-  mask: Any,
-) -> tuple[Cache, Progress]:
-  """Appends tokens to a cache, in place."""
-  logits, cache = model.apply(
-    {"params": params},
-    constrain(tokens, BATCH_AXES, None),
-    mask,
-    cache=cache,
-    last_only=True,
-  )
-  return cache, _pin({**progress, "logits": logits[:, 0]})
-
-
-@functools.partial(
-  jax.jit, static_argnames=("model", "strategy"), donate_argnames="cache"
-)
-def _decode(
-  model: Any,
-  strategy: sampling.Strategy,
-  params: Any,
-  cache: Cache,
-  progress: Progress,
-  settings: sampling.Settings,
-  eos: Array,
-  rng: Any,
-  last: Array,
-) -> tuple[Cache, Progress]:
-  """Chooses the tokens up to number `last`, or until every row is done.
-
-  The token at `progress["step"]` is chosen anew, with the same result if an
-  earlier call has chosen it already; every further one costs one pass through
-  the model. So generation may be cut into runs anywhere.
-  """
-
-  def choose(progress: Progress) -> Progress:
-    step, done = progress["step"], progress["done"]
-    key = None if rng is None else jax.random.fold_in(rng, step)
-    token = sampling.sample(progress["logits"], key, strategy, settings)
-    token = jnp.where(done, progress["token"], token)
-    tokens = lax.dynamic_update_slice_in_dim(
-      progress["tokens"], token[:, None], step, axis=1
-    )
-    done |= (token[:, None] == eos).any(axis=1)
-    progress = {**progress, "token": token, "tokens": tokens, "done": done}
-    return _pin(progress)
-
-  def unfinished(carry: tuple[Cache, Progress]) -> Array:
-    _, progress = carry
-    return (progress["step"] < last) & ~progress["done"].all()
-
-  def advance(carry: tuple[Cache, Progress]) -> tuple[Cache, Progress]:
-    cache, progress = carry
-    logits, cache = model.apply(
-      {"params": params}, progress["token"][:, None], cache=cache
-    )
-    progress = {
-      **progress, "logits": logits[:, 0], "step": progress["step"] + 1
-    }
-    return cache, choose(progress)
-
-  cache, progress = lax.while_loop(
-    unfinished, advance, (cache, choose(progress))
-  )
-  later = jnp.arange(progress["tokens"].shape[1]) > progress["step"]
-  tokens = jnp.where(
-    later & progress["done"][:, None],
-    progress["token"][:, None],
-    progress["tokens"],
-  )
-  return cache, _pin({**progress, "tokens": tokens})
-
-
 class Generator:
   """A model and its parameters, ready to continue any number of texts.
 
-  Stacked layers are taken apart once, here, which copies their parameters: the
-  loop then updates each layer's cache in place and slices no weights. Programs
-  are compiled when first needed, and shared by all generators of one model.
+  Stacked layers are taken apart once, here, and weights that the model reads
+  in a narrower dtype converted; both copy parameters. The loop then updates
+  each layer's cache in place and slices and converts no weights. Programs are
+  compiled when first needed, and shared by all generators of one model.
 
   Under `jax.set_mesh`, or with parameters that live on a mesh, the batch is
   split over its data and fsdp axes and the heads over its tensor axis.
@@ -233,10 +78,8 @@ class Generator:
         parameters, a slower loop, and a faster compilation.
     """
     self._mesh = _mesh_of(params)
-    if unroll and hasattr(model, "unroll"):
-      model, params = model.unroll(params)
-    self.model = model
-    self.params = params
+    with self._on_mesh():
+      self.model, self.params = programs.prepare(model, params, unroll)
     self._dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
 
   def __call__(
@@ -279,9 +122,14 @@ class Generator:
         tokens, mask, max_new_tokens, prefill_chunk, prefix
       )
       run = functools.partial(
-        _decode, self.model, strategy, self.params, settings=settings, eos=eos,
+        programs.decode,
+        self.model,
+        strategy,
+        self.params,
+        settings=settings,
+        eos=eos,
         rng=rng,
-      )  # fmt: skip
+      )
       last = max_new_tokens - 1
       if callback is None:
         _, progress = run(cache=cache, progress=progress, last=np.int32(last))
@@ -326,7 +174,7 @@ class Generator:
     """
     rows, _ = snapshots.size(prefix.cache)
     with self._on_mesh():
-      cache, _ = _start(
+      cache, _ = programs.start(
         self.model,
         (prefix.cache, prefix.logits),
         rows,
@@ -347,24 +195,17 @@ class Generator:
       functools.partial(self.model.init_cache, dtype=self._dtype),
       self.model.vocab_size,
       self._identity(),
+      None if self._mesh is None else sharding.replicated(self._mesh),
     )
     return Prefix(cache, logits, snapshots.size(cache)[1])
 
   def _identity(self) -> dict[str, Any]:
     """What a snapshot of this generator depends on, by name."""
-    fields = {
-      field.name: repr(getattr(self.model, field.name))
-      for field in dataclasses.fields(self.model)
-      if field.name not in _EXECUTION
-      and not field.name.startswith("initializer")
-      and not field.name.endswith("_implementation")
-    }
     with self._on_mesh():
       samples = np.asarray(_sample_values(self.params))
     digest = hashlib.sha256(samples.tobytes()).hexdigest()[:16]
     return {
-      "model": type(self.model).__name__,
-      **fields,
+      **snapshots.architecture(self.model),
       "cache_dtype": str(self._dtype),
       "parameters": digest,
     }
@@ -386,10 +227,12 @@ class Generator:
         f"{tokens.shape}"
       )
     if tokens.shape[1] == 0 and prefix is None:
-      raise ValueError("tokens [B, 0] without a prefix: give at least one token")
+      raise ValueError(
+        "tokens [B, 0] without a prefix: give at least one token"
+      )
     vocab = self.model.vocab_size
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
-      raise ValueError(
+      raise UserError(
         f"tokens range from {tokens.min()} to {tokens.max()}; the model's "
         f"vocabulary is 0 to {vocab - 1}"
       )
@@ -437,11 +280,11 @@ class Generator:
       slots = max(slots, snapshots.size(prefix.cache)[1])
     tokens, mask = _pad_left(tokens, mask, padded)
     if prefix is None and (chunk is None or chunk >= padded):
-      cache, progress = _prefill(
+      cache, progress = programs.prefill(
         self.model, self.params, tokens, mask, slots=slots, dtype=self._dtype
       )
       return cache, progress, padded
-    cache, progress = _start(
+    cache, progress = programs.start(
       self.model,
       None if prefix is None else (prefix.cache, prefix.logits),
       batch=batch,
@@ -454,7 +297,7 @@ class Generator:
       begin = end
       end += padded if chunk is None else (padded - end - 1) % chunk + 1
       piece = slice(begin, end)
-      cache, progress = _extend(
+      cache, progress = programs.extend(
         self.model,
         self.params,
         cache,
@@ -492,9 +335,7 @@ def _stream(
 
   until, previous = 0, None
   while True:
-    cache, progress = run(
-      cache=cache, progress=progress, last=np.int32(until)
-    )
+    cache, progress = run(cache=cache, progress=progress, last=np.int32(until))
     if previous is not None and show(*previous):
       return progress
     previous = progress, until
@@ -517,9 +358,9 @@ def _pad_left(
 
 def _mesh_of(params: Any) -> jax.sharding.Mesh | None:
   for leaf in jax.tree.leaves(params):
-    sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, jax.sharding.NamedSharding):
-      return sharding.mesh
+    place = getattr(leaf, "sharding", None)
+    if isinstance(place, jax.sharding.NamedSharding):
+      return place.mesh
   return None
 
 

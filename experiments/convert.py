@@ -1,0 +1,180 @@
+r"""Converts weights between training runs and Hugging Face directories.
+
+  python -m experiments.convert --workdir=RUN --output=DIRECTORY --check
+  python -m experiments.convert --checkpoint=DIRECTORY --workdir=RUN \
+    --config=configs/falcon_h1.py:0.5b --check
+
+The first writes the weights of a run for `transformers` and others to load.
+The second makes a run that starts from the weights of the directory; train it
+further with `experiments.train` and the same config and workdir. --check loads
+the directory in transformers and compares the logits.
+"""
+
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+
+from experiments import common
+from multihead import checkpoints
+from multihead.cache import snapshots
+from multihead.errors import UserError
+from multihead.train import run as run_lib
+from multihead.train import state as state_lib
+from multihead.train import writers
+from multihead.train.checkpoints import Checkpoints
+
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "The Hugging Face directory to make a run of."
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "The Hugging Face directory to write."
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype",
+  None,
+  ["float32", "bfloat16", "float16"],
+  "Of the weights in --output; that of the run if unset.",
+)
+_CHECK = flags.DEFINE_bool(
+  "check", False, "Compare the logits with those of transformers."
+)
+
+# Of the largest logit; float32 on both sides, in different orders of summation.
+_TOLERANCE = 1e-4
+
+
+def main() -> int:
+  """Converts, and checks the result if asked to."""
+  logging.set_verbosity(logging.WARNING)
+  if (_CHECKPOINT.value is None) == (_OUTPUT.value is None):
+    raise UserError(
+      "give --workdir and --output to write a Hugging Face directory, or "
+      "--checkpoint, --workdir and --config to read one"
+    )
+  if _CHECKPOINT.value is None:
+    directory, (model, params) = _OUTPUT.value, _write_directory()
+  else:
+    directory, (model, params) = _CHECKPOINT.value, _write_run()
+  if not _CHECK.value:
+    return 0
+  return _check(directory, model, params)
+
+
+def _write_directory() -> tuple:
+  workdir, output = common.workdir(), pathlib.Path(_OUTPUT.value)
+  if output.exists() and any(output.iterdir()):
+    raise UserError(f"--output={output} is not empty; give a new directory")
+  model, params, tokenizer = common.load_model(workdir)
+  has_file = tokenizer.name != "byte"
+  files = os.path.dirname(tokenizer.name) if has_file else None
+  checkpoints.save_pretrained(
+    output,
+    model,
+    params,
+    dtype=_DTYPE.value,
+    special_tokens=checkpoints.SpecialTokens(
+      bos=tokenizer.bos_id, eos=(tokenizer.eos_id,)
+    ),
+    tokenizer_files=files,
+  )
+  common.say(f"wrote {output}")
+  if not has_file:
+    common.say(
+      f"it has no tokenizer: ids 0 to 255 are bytes, {tokenizer.bos_id} begins "
+      f"a text and {tokenizer.eos_id} ends it"
+    )
+  return model, params
+
+
+def _write_run() -> tuple:
+  workdir, config = common.workdir(), common.config()
+  folder = os.path.join(workdir, "checkpoints")
+  if os.path.exists(folder):
+    raise UserError(f"{folder} exists; give the --workdir of a new run")
+  run = run_lib.prepare(config)
+  model, params = checkpoints.from_pretrained(
+    _CHECKPOINT.value, dtype="float32", mesh=run.mesh
+  )
+  _compare_models(model, run.task.model)
+  if not run.task.model.scan_layers:
+    model, params = model.unroll(params)
+  state = state_lib.init_state(
+    lambda rng, mesh: params,
+    run.optimizer,
+    run.shardings,
+    seed=config.seed,
+    mesh=run.mesh,
+    ema=config.ema_decay > 0,
+  )
+  # Training takes a checkpoint of step 0 for none at all.
+  state = state.replace(step=jax.device_put(jnp.int32(1), run.shardings.step))
+  position = iter(run.task.train_iterator(*run.rows)).get_state()
+  saved = Checkpoints(folder)
+  saved.save(1, state, position, config.to_dict())
+  saved.close()
+  if writers.is_main_process():
+    path = os.path.join(workdir, "config.json")
+    writers.write_json(path, config.to_dict())
+  common.say(f"wrote {folder}; experiments.train goes on from it")
+  return model, params
+
+
+def _compare_models(found, wanted) -> None:
+  """Raises UserError where the two are not the same function."""
+  differ = [
+    f"{name} is {theirs} there and {ours} in the config"
+    for name, theirs in snapshots.architecture(found).items()
+    if name != "dtype"
+    and theirs != (ours := snapshots.architecture(wanted).get(name))
+  ]
+  if differ:
+    raise UserError(
+      f"{_CHECKPOINT.value} is not the model of --config: {'; '.join(differ)}"
+    )
+
+
+def _check(directory: str | pathlib.Path, model, params) -> int:
+  """Compares with transformers; returns the exit code."""
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    raise UserError(
+      f"--check needs {error.name}: pip install 'multihead[parity]'"
+    ) from None
+  transformers.logging.set_verbosity_error()
+  transformers.logging.disable_progress_bar()
+  # What is compared is the arithmetic, so both sides are in float32.
+  model = model.clone(dtype=jnp.float32)
+  if _DTYPE.value is not None:
+    stored = jnp.dtype(_DTYPE.value)
+    params = jax.tree.map(lambda x: x.astype(stored), params)
+  params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  rng = np.random.default_rng(0)
+  length = min(150, model.max_position_embeddings)
+  tokens = rng.integers(0, model.vocab_size, (2, length))
+  ours = np.asarray(jax.jit(model.apply)({"params": params}, tokens))
+  net = transformers.AutoModelForCausalLM.from_pretrained(
+    directory, dtype=torch.float32
+  ).eval()
+  with torch.inference_mode():
+    theirs = net(input_ids=torch.from_numpy(tokens)).logits.numpy()
+  error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+  same = (ours.argmax(-1) == theirs.argmax(-1)).mean()
+  common.say(
+    f"transformers {transformers.__version__}: largest difference of logits "
+    f"{error:.2e} of the largest logit; the likeliest token is the same at "
+    f"{same:.2%} of {tokens.size} positions"
+  )
+  if error <= _TOLERANCE:
+    return 0
+  common.say(f"that is more than {_TOLERANCE:.0e}: the conversion is wrong")
+  return 1
+
+
+if __name__ == "__main__":
+  common.run(main)
