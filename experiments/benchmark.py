@@ -42,6 +42,8 @@ _TINY = flags.DEFINE_bool(
 
 # Of timed calls a case, for a peer that is slow here.
 _MOST_SECONDS = 60.0
+# Load average a core that we do not reach alone: others are in the way.
+_BUSY = 1.7
 _PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
 
 
@@ -58,11 +60,20 @@ def main() -> None:
     peak = timing.matmul_peak(dtype)
     facts["matrix product"] = f"{peak / 1e12:.3g} TFLOP/s in {dtype}"
     common.say(f"matrix product: {facts['matrix product']}")
+  loads = [_load()]
   results = []
   for case in cases:
     common.say(f"{case.name} ...")
     results += timing.run(case, _REPEATS.value, _MOST_SECONDS)
+    loads.append(_load())
+  facts["load average a core"] = ", ".join(f"{load:.1f}" for load in loads)
   text = timing.table(results, peak)
+  # Threads that wait by spinning lose most: a ratio would flatter us.
+  if max(loads) > _BUSY:
+    text += (
+      f"\n\nThe machine was busy with other work (load average a core: "
+      f"{facts['load average a core']}): do not quote these numbers."
+    )
   common.say("\n" + text)
   if workdir is not None:
     _write(workdir, facts, results, peak, text)
@@ -77,16 +88,25 @@ def machine() -> dict[str, str]:
       versions.append(f"{name} {importlib.metadata.version(name)}")
     except importlib.metadata.PackageNotFoundError:
       versions.append(f"{name} not installed")
-  cores = (
-    len(os.sched_getaffinity(0))
-    if hasattr(os, "sched_getaffinity")
-    else os.cpu_count()
-  )
   return {
-    "device": f"{device.device_kind} ({device.platform}), {cores} CPU cores",
+    "device": f"{device.device_kind} ({device.platform}), {_cores()} CPU cores",
     "system": f"Python {platform.python_version()}, {platform.platform()}",
     "versions": ", ".join(versions),
   }
+
+
+def _cores() -> int:
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _load() -> float:
+  """Of the last minute, for each core; 0 where the system does not say."""
+  try:
+    return os.getloadavg()[0] / _cores()
+  except (AttributeError, OSError):
+    return 0.0
 
 
 def _suite(name: str | None) -> Any:

@@ -124,7 +124,8 @@ def from_pretrained(
   """Loads a Hugging Face directory: config.json and safetensors.
 
   The weights are memory-mapped and every device reads its own shard; the host
-  never holds more than the shards of one parameter.
+  never holds more than the shards of one parameter, and what of them is being
+  read from the file.
 
   Args:
     path: the directory, with model.safetensors or with

@@ -15,7 +15,7 @@ import pytest
 from safetensors import numpy as library
 
 from multihead import checkpoints, models
-from multihead.checkpoints import falcon_h1, hub_format
+from multihead.checkpoints import falcon_h1, hub_format, safetensors_io
 from multihead.errors import UserError
 from multihead.parallel import make_mesh, sharding
 
@@ -92,17 +92,6 @@ def test_round_trip_is_bit_identical(hub, tmp_path, case):
   again, params_again = checkpoints.from_pretrained(tmp_path / "again")
   assert again == model
   assert_equal_trees(params_again, params)
-
-
-def test_mapping_copies_nothing():
-  entry = hub_format.Entry("t", (), "linear", inputs=2)
-  stored = np.arange(30.0).reshape(5, 6)
-  view = entry.from_stored(stored, (2, 3, 5))
-  assert np.shares_memory(view, stored)
-  np.testing.assert_array_equal(view[1, 2], stored[:, 5])
-  entry = hub_format.Entry("t", (), "conv")
-  stored = np.arange(24.0).reshape(6, 1, 4)
-  assert np.shares_memory(entry.from_stored(stored, (4, 2, 3)), stored)
 
 
 def test_layers_one_after_another(hub, tmp_path):
@@ -194,7 +183,17 @@ def test_weights_go_straight_to_their_shard(
 
     return make(shape, placement, read)
 
+  elements = 0
+  read_part = safetensors_io.StoredTensor.read
+
+  def count(tensor, *index):
+    nonlocal elements
+    part = read_part(tensor, *index)
+    elements += part.size
+    return part
+
   monkeypatch.setattr(jax, "make_array_from_callback", watch)
+  monkeypatch.setattr(safetensors_io.StoredTensor, "read", count)
   model, params = checkpoints.from_pretrained(
     path, mesh=mesh, scan_layers=scan_layers
   )
@@ -203,6 +202,8 @@ def test_weights_go_straight_to_their_shard(
   for name, leaf in hub_format._flatten(params).items():
     assert leaf.sharding.is_equivalent_to(placements[name], leaf.ndim), name
   assert largest < max(x.size for x in jax.tree.leaves(whole))
+  # Each value once, but for cuts that are not contiguous in the file.
+  assert elements < 1.1 * sum(x.size for x in stored.values())
 
   checkpoints.save_pretrained(tmp_path / "again", model, params)
   written = library.load_file(tmp_path / "again" / "model.safetensors")
@@ -308,6 +309,10 @@ def test_saving_what_is_not_the_model(hub, tmp_path):
   del bad["lm_head"]
   with pytest.raises(UserError, match="1 missing: lm_head/kernel"):
     checkpoints.save_pretrained(tmp_path / "x", model, bad)
+  whole = {**params, "final_norm": {"scale": np.ones(40, np.int32)}}
+  with pytest.raises(UserError, match="dtype int32 cannot be saved; allowed"):
+    checkpoints.save_pretrained(tmp_path / "x", model, whole)
+  assert not (tmp_path / "x").exists()
   with pytest.raises(UserError, match="a str has no Hugging Face format"):
     checkpoints.save_pretrained(tmp_path / "x", "model", params)
   with pytest.raises(UserError, match="is a file"):

@@ -197,7 +197,7 @@ def test_narrow_dtypes(dtype, tolerance, implementation):
   np.testing.assert_allclose(state, want[1], atol=tolerance)
 
 
-@pytest.mark.parametrize("rate", [0.0, 30.0, 1e4, np.inf])
+@pytest.mark.parametrize("rate", [30.0, 1e4, np.inf])
 def test_extreme_decays_stay_exact(rate):
   inputs = draw(260, decay=True)
   # Some tokens forget nearly nothing, among others that forget a lot.

@@ -4,8 +4,7 @@ A tile is a range of query rows times a range of key columns; a range is
 (start, size) with a static size and a start that is an int or a traced scalar.
 Tiles have five axes, [B, K, G, rows, columns]: query heads are split into K key
 heads times G = N // K heads that share one, so keys are never repeated in
-memory. The restrictions by position are one: key j is visible from row i if
--left <= j - (i + offset) <= right, where causal makes right at most 0.
+memory.
 """
 
 import dataclasses
