@@ -534,8 +534,8 @@ def test_memory_is_linear():
 
 
 def test_bias_gradient_is_computed_only_if_wanted():
-  q = jnp.ones((1, 512, 2, 64))
-  bias = jnp.zeros((1, 2, 512, 512))
+  q = jnp.ones((1, 600, 2, 64))
+  bias = jnp.zeros((1, 2, 600, 600))
 
   def loss(q, bias):
     return jnp.sum(ops.attention(q, q, q, bias=bias, implementation="xla"))
@@ -549,7 +549,7 @@ def test_bias_gradient_is_computed_only_if_wanted():
 
 
 def test_remat_policy_keeps_output_and_lse():
-  q = jnp.ones((1, 300, 4, 16))
+  q = jnp.ones((1, 512, 4, 16))
   names = ("attention_out", "attention_lse")
 
   def exponentials(policy):

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
 
 from multihead.ops import manual_axes
 from multihead.ops.attention import positions, tiles
@@ -107,38 +106,30 @@ def _attention(
   return tiles.join_rows(out.astype(q.dtype)), lse.reshape(B, N, T)
 
 
-def _forward(spec: Spec, *primals: Any) -> tuple[Any, Any]:
-  q, k, v, bias, *rest = (p if p is None else p.value for p in primals)
-  out, lse = _attention(spec, q, k, v, bias, *rest)
+def _forward(spec: Spec, *arrays: jax.Array | None) -> tuple[Any, Any]:
+  out, lse = _attention(spec, *arrays)
   # So that a rematerialisation policy can keep these two by name.
   out = checkpoint_name(out, "attention_out")
   lse = checkpoint_name(lse, "attention_lse")
-  # Static, so a structure and not a bool: does the bias want its gradient?
-  wanted = () if bias is None or not primals[3].perturbed else (None,)
-  return (out, lse), (q, k, v, bias, rest, out, lse, wanted)
+  return (out, lse), (arrays, out, lse)
 
 
 def _backward(
-  spec: Spec, residuals: Any, cotangents: Any
+  spec: Spec, residuals: Any, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
-  q, k, v, bias, rest, out, lse, wanted = residuals
-  d_out, d_lse = cotangents
-  if isinstance(d_out, SymbolicZero):
-    d_out = jnp.zeros_like(out)
-  if isinstance(d_lse, SymbolicZero):
-    d_lse = None
+  (q, k, v, bias, *rest), out, lse = residuals
   B, T, N, _ = q.shape
   S = k.shape[1]
   if spec.restricted:
     q, k, v = tiles.clean(q), tiles.clean(k), tiles.clean(v)
-  rows = _row_terms(spec, k.shape[2], out, lse, d_out, d_lse)
+  rows = _row_terms(spec, k.shape[2], out, lse, *cotangents)
   if _is_one_tile(B * N, T, S):
     ops = tiles.operands(q, k, v, bias, *rest)
-    sums = _zero_sums(spec, ops, bool(wanted))
+    sums = _zero_sums(spec, ops)
     d_q, sums = _add_tile(spec, ops, rows, (0, T), (0, S), sums)
     d_q = tiles.join_rows(d_q.astype(q.dtype))
   else:
-    d_q, sums = _backward_loop(spec, bool(wanted), rows, q, k, v, bias, *rest)
+    d_q, sums = _backward_loop(spec, rows, q, k, v, bias, *rest)
   d_k, d_v, d_bias = sums
   d_k = (spec.scale * d_k[:, :, :S]).transpose(0, 2, 1, 3).astype(k.dtype)
   d_v = d_v[:, :, :S].transpose(0, 2, 1, 3).astype(v.dtype)
@@ -148,7 +139,7 @@ def _backward(
   return d_q, d_k, d_v, d_bias, *(None for _ in rest)
 
 
-_attention.defvjp(_forward, _backward, symbolic_zeros=True)
+_attention.defvjp(_forward, _backward)
 
 
 def _on_cpu() -> bool:
@@ -164,7 +155,7 @@ def _is_one_tile(heads: int, T: int, S: int) -> bool:
     S: number of columns.
   """
   # So few rows take no more memory than the keys.
-  return T <= 16 or heads * T * S <= (2**18 if _on_cpu() else 2**24)
+  return T <= 16 or heads * T * S <= (2**19 if _on_cpu() else 2**24)
 
 
 def _loop_sizes(heads: int, T: int, S: int) -> tuple[int, int]:
@@ -350,7 +341,7 @@ def _row_terms(
   out: jax.Array,
   lse: jax.Array,
   d_out: jax.Array,
-  d_lse: jax.Array | None,
+  d_lse: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """What the backward pass needs of every row, split into groups.
 
@@ -361,9 +352,7 @@ def _row_terms(
     d_out . v: [B, K, G, T].
   """
   delta = jnp.sum(out.astype(spec.dtype) * d_out.astype(spec.dtype), axis=-1)
-  delta = delta.transpose(0, 2, 1)
-  if d_lse is not None:
-    delta = delta - d_lse
+  delta = delta.transpose(0, 2, 1) - d_lse
   empty = lse == -jnp.inf
   if spec.restricted:
     bad = ~jnp.isfinite(delta)
@@ -381,13 +370,14 @@ def _row_terms(
 Sums = tuple[jax.Array, jax.Array, jax.Array | None]
 
 
-def _zero_sums(spec: Spec, ops: Operands, bias: bool) -> Sums:
-  """Gradients of k (without scale), v and bias, which tiles add to."""
-  return (
-    manual_axes.zeros(ops.k.shape, spec.dtype, ops.q),
-    manual_axes.zeros(ops.v.shape, spec.dtype, ops.q),
-    manual_axes.zeros(ops.bias.shape, spec.dtype, ops.q) if bias else None,
-  )
+def _zero_sums(spec: Spec, ops: Operands) -> Sums:
+  """Gradients of k (without scale), v and bias, which tiles add to.
+
+  The compiler drops the one of a bias whose gradient nobody asks for.
+  """
+  zeros = lambda x: manual_axes.zeros(x.shape, spec.dtype, ops.q)
+  bias = None if ops.bias is None else zeros(ops.bias)
+  return zeros(ops.k), zeros(ops.v), bias
 
 
 def _add_tile(
@@ -427,7 +417,6 @@ def _add_tile(
 
 def _backward_loop(
   spec: Spec,
-  wanted: bool,
   terms: tuple[jax.Array, jax.Array, jax.Array],
   q: jax.Array,
   k: jax.Array,
@@ -456,7 +445,7 @@ def _backward_loop(
     return sums, d_q.astype(q.dtype)
 
   starts = t * jnp.arange(_ceil(T, t), dtype=jnp.int32)
-  sums, d_q = lax.scan(row_block, _zero_sums(spec, ops, wanted), starts)
+  sums, d_q = lax.scan(row_block, _zero_sums(spec, ops), starts)
   return _join_blocks(d_q, T), sums
 
 
