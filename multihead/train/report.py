@@ -107,17 +107,16 @@ def show(value: float) -> str:
 
 def plot(workdir: str, records: list[dict[str, Any]]) -> dict[str, str]:
   """Draws the loss and the learning rate; returns title -> file name."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
+  # Not pyplot: its backend is the caller's, in a notebook say.
+  from matplotlib.figure import Figure
 
   figures = {}
   for title, name, curves in (
     ("Loss", "loss.png", {"loss": "train", "validation_loss": "validation"}),
     ("Learning rate", "learning_rate.png", {"learning_rate": None}),
   ):
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    figure = Figure(figsize=(7, 4), dpi=120)
+    axes = figure.subplots()
     for key, label in curves.items():
       points = [
         (record["step"], record[key])
@@ -135,7 +134,6 @@ def plot(workdir: str, records: list[dict[str, Any]]) -> dict[str, str]:
       axes.legend()
     figure.tight_layout()
     figure.savefig(os.path.join(workdir, name))
-    pyplot.close(figure)
     figures[title] = name
   return figures
 
