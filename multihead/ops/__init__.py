@@ -10,6 +10,7 @@ from multihead.ops.attention import attention
 from multihead.ops.causal_conv1d import causal_conv1d
 from multihead.ops.dispatch import describe
 from multihead.ops.linear_attention import linear_attention
+from multihead.ops.selective_scan import selective_scan, selective_scan_step
 from multihead.ops.ssd import ssd, ssd_step
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
   "causal_conv1d",
   "describe",
   "linear_attention",
+  "selective_scan",
+  "selective_scan_step",
   "ssd",
   "ssd_step",
 ]
