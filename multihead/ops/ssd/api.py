@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from multihead.ops import dispatch
-from multihead.ops.ssd import reference, xla
+from multihead.ops.ssd import reference, triton, xla
 
-_IMPLEMENTATIONS = {"xla": xla, "reference": reference}
-_PREFERENCE = ("xla", "reference")
+_IMPLEMENTATIONS = {"triton": triton, "xla": xla, "reference": reference}
+_PREFERENCE = ("triton", "xla", "reference")
 
 
 def ssd(
@@ -52,14 +52,16 @@ def ssd(
     dt_bias: [N], added to dt.
     dt_softplus: whether dt (with its bias) goes through softplus.
     dt_limit: smallest and largest step size.
-    chunk_size: number of tokens that one matrix product spans at most. It
-      changes the speed and the rounding, nothing else; T need not divide by it.
+    chunk_size: number of tokens that one matrix product of "xla" spans at most.
+      It changes the speed and the rounding, nothing else; T need not divide by
+      it.
     initial_state: [B, N, H, M] before the first token; zeros if None.
     segment_ids: [B, T]. Where the id changes from one token to the next, the
       state is zero before that token. `initial_state` belongs to the first
       segment.
     return_final_state: whether to return the state after the last token too.
-    implementation: "xla" (chunked; memory linear in T, no [B, T, N, H, M] and
+    implementation: "triton" (NVIDIA GPUs, 16-bit products, states in
+      registers), "xla" (chunked; memory linear in T, no [B, T, N, H, M] and
       no [T, T] array), "reference" (the recurrence), a sequence of names, or
       None for the best.
 

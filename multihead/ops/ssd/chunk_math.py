@@ -70,13 +70,19 @@ def _decays(a, masks):
   # the accuracy of its own size however much the state has decayed before.
   a = jnp.maximum(a, 1.02 * math.log(jnp.finfo(a.dtype).smallest_subnormal))
   rounded = jnp.round(a * 512) / 512
-  coarse, fine = _sums(jnp.stack([rounded, a - rounded]), "inclusive")
+  coarse, fine = sums(jnp.stack([rounded, a - rounded]), "inclusive")
   start = jnp.exp(coarse + fine)
   end = jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
   if masks is not None:
     start = jnp.where(masks.start, start, 0)
     end = jnp.where(masks.end, end, 0)
   return Decays(coarse, fine, start, end, start[..., -1])
+
+
+def number_runs(segment_ids):
+  """Numbers the runs of equal ids [b, T], so that an id may come back later."""
+  change = segment_ids[:, 1:] != segment_ids[:, :-1]
+  return jnp.cumsum(jnp.pad(change, ((0, 0), (1, 0))), 1, dtype=jnp.int32)
 
 
 def earlier(size, *, transpose):
@@ -204,8 +210,8 @@ def backward(cpu, x, dt, a, B, C, masks, D, state, dy, d_final):
   left = _swap(left) * decays.end
   d_dt = _swap(BC * d_diagonal) + x_d_scaled + left
   d_a = through[..., None] + crossing
-  d_a += _sums(decays.start * _swap(read), "suffix")
-  d_a += _sums(dt * left, "exclusive")
+  d_a += sums(decays.start * _swap(read), "suffix")
+  d_a += sums(dt * left, "exclusive")
   d_D = None if D is None else jnp.sum(d_diagonal, axis=(0, 1, 3))
   return (d_x, _swap(d_dt), _swap(d_a), d_B, d_C), d_D, d_state
 
@@ -290,7 +296,7 @@ def _crossing(cpu, v):
   return jnp.sum(v, axis=4)
 
 
-def _sums(v, kind):
+def sums(v, kind):
   """Running sums over the last axis, as one product with a triangle."""
   size = v.shape[-1]
   source, target = np.ogrid[:size, :size]

@@ -123,9 +123,7 @@ def run(
     state = jnp.moveaxis(state, 4, 2)
   runs = None
   if segment_ids is not None:
-    # Numbers the runs of equal ids, so that an id may come back later.
-    change = segment_ids[:, 1:] != segment_ids[:, :-1]
-    runs = jnp.cumsum(jnp.pad(change, ((0, 0), (1, 0))), 1, dtype=jnp.int32)
+    runs = chunk_math.number_runs(segment_ids)
 
   # With dt = 0 a token neither decays the state nor enters it.
   past = plan.length - length

@@ -173,8 +173,9 @@ def gradients(u, delta, A2, B, C, D, bias, keep, states, dy, d_final, options):
         rows = pl.ds(first, steps)
         # Nobody else reads these rows of drives and dys any more: each warp
         # reads and writes its own channels.
-        tile.put_state_sums(drives.at[rows], by_b[order], interpret)
-        tile.put_state_sums(dys.at[rows], by_a[order], interpret)
+        by_b, by_a = tuple(by_b[order]), tuple(by_a[order])
+        pairs = [(drives.at[rows], by_b), (dys.at[rows], by_a)]
+        tile.put_state_sums(pairs, interpret)
         return lam, dA
 
       lam, dA = lax.fori_loop(0, blocks, back, (lam, dA))

@@ -108,11 +108,13 @@ def scan(
         for t, (d, drive, b_t, c_t) in zip(tokens, loads, strict=True):
           h = cut.decay(d, decay, factor, t) * h + drive * b_t
           out.append(h * c_t)
+        pairs = []
         for s in range(0, unroll, tile.STEPS):
           four = out[s : s + tile.STEPS]
           first = tokens[s + tile.STEPS - 1 if options.reverse else s]
           four = four[::-1] if options.reverse else four
-          tile.put_state_sums(ys.at[pl.ds(first, tile.STEPS)], four, interpret)
+          pairs.append((ys.at[pl.ds(first, tile.STEPS)], tuple(four)))
+        tile.put_state_sums(pairs, interpret)
         return h
 
       h = lax.fori_loop(0, chunk // unroll, block, h)

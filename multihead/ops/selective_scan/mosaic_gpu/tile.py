@@ -63,30 +63,41 @@ def load_state(ref, layout):
   return load(ref, layout) * 1.0
 
 
-def put_state_sums(ref, arrays, interpret) -> None:
-  """ref [4, 32] = the sums over states of four [4, 8, M], row by row."""
-  if interpret is not None:
-    ref[...] = jnp.stack([x.sum(-1).reshape(CHANNELS) for x in arrays])
-    return
-  layout = state_layout(arrays[0].shape[-1])
+def put_state_sums(pairs, interpret) -> None:
+  """Of each (ref, arrays): ref [4, 32] = sums over states of four [4, 8, M].
 
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[layout] * STEPS))
-  def put(_, ref, *arrays):
+  All are computed before any is stored, since no store moves past another.
+  """
+  refs, arrays = zip(*pairs, strict=True)
+  if interpret is not None:
+    for ref, four in pairs:
+      ref[...] = jnp.stack([x.sum(-1).reshape(CHANNELS) for x in four])
+    return
+  layout = state_layout(arrays[0][0].shape[-1])
+
+  @plgpu.inline_mgpu(
+    arg_types=(
+      (plgpu.RefType(),) * len(refs),
+      ((layout,) * STEPS,) * len(refs),
+    )
+  )
+  def put(_, refs, arrays):
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, memref
 
     lane, warp = _lane_and_warp()
-    sums = [_total(x) for x in arrays]
-    (mine,) = _exchange(sums, (2, 1), lane)
+    sums = [[_total(x) for x in four] for four in arrays]
+    mine = [_exchange(four, (2, 1), lane)[0] for four in sums]
     index = functools.partial(arith.index_cast, ir.IndexType.get())
     four = _constant(4)
     channel = arith.addi(
       arith.muli(warp, _constant(LANES)), arith.divui(lane, four)
     )
     row = arith.remui(lane, four)
-    memref.store(mine, ref, [index(row), index(channel)])
+    for ref, value in zip(refs, mine, strict=True):
+      memref.store(value, ref, [index(row), index(channel)])
 
-  put(ref, *arrays)
+  put(refs, arrays)
 
 
 def channel_sums(arrays, interpret) -> jax.Array:
