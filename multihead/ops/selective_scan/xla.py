@@ -10,9 +10,9 @@ which are all that a call keeps beside its inputs, it recomputes the states of
 one loop and then runs it backwards. Memory is linear in T, and the factor M is
 on the states of one loop and of the borders only.
 
-Letters in shapes: b batch, k chunk of a loop, n = b k lanes, q token of a chunk,
-G groups, M state size, R channels of a group, which are last: that makes the
-arithmetic a loop over adjacent numbers.
+Letters in shapes: b batch, k chunk of a loop, n = b k lanes, q token of a
+chunk, G groups, M state size, R channels of a group, which are last: that makes
+the arithmetic a loop over adjacent numbers.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from multihead.ops import manual_axes, pallas_compat
-from multihead.ops.selective_scan import reference
+from multihead.ops.selective_scan import reference, xla
 from multihead.ops.selective_scan.mosaic_gpu import (
   backward,
   chunks,
@@ -162,7 +162,24 @@ def _scan(call, u, delta, A, B, C, D, bias, keep, initial):
 
 
 def _scan_forward(call, *arrays):
+  (y, final), states = _with_states(call, *arrays)
+  return (y, final), (arrays, states)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_states(call, *arrays):
+  """What `_scan_forward` launches, so that it has derivatives of its own."""
   return _forward(call, arrays, gradient=True)
+
+
+def _with_states_forward(call, *arrays):
+  out, states = _with_states(call, *arrays)
+  return (out, states), (arrays, states)
+
+
+def _with_states_backward(call, residuals, cotangents):
+  # `_gradients` has no use for the states beyond the arrays.
+  return _scan_backward(call, residuals, cotangents[0])
 
 
 def _forward(call, arrays, *, gradient):
@@ -191,13 +208,18 @@ def _forward(call, arrays, *, gradient):
     options,
     keep_states=gradient,
   )
-  out = cut.whole(y), cut.last(final)
-  return out, (arrays, states)
+  return (cut.whole(y), cut.last(final)), states
 
 
 def _scan_backward(call, residuals, cotangents):
-  (u, delta, A, B, C, D, bias, keep, initial), states = residuals
-  dy, d_final = cotangents
+  arrays, states = residuals
+  return _gradients(call, arrays, states, *cotangents)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(call, arrays, states, dy, d_final):
+  """Gradients of all arrays, from the states between chunks."""
+  u, delta, A, B, C, D, bias, keep, initial = arrays
   options = call.options(gradient=True)
   cut = _Parts(call, options, u.shape)
   A2 = A * chunks.LOG2_E
@@ -242,7 +264,50 @@ def _scan_backward(call, residuals, cotangents):
   )
 
 
+def _gradients_forward(call, *args):
+  return _gradients(call, *args), args
+
+
+def _gradients_backward(call, args, cotangents):
+  """Second derivatives, which are rare, are those of the XLA form."""
+  arrays, states, dy, d_final = args
+
+  def gradients(arrays, dy, d_final):
+    # The states are a function of the arrays, so nothing is lost.
+    return jax.vjp(functools.partial(_plain, call), *arrays)[1]((dy, d_final))
+
+  again, d_dy, d_d_final = jax.vjp(gradients, arrays, dy, d_final)[1](
+    cotangents
+  )
+  return again, jnp.zeros_like(states), d_dy, d_d_final
+
+
+def _plain(call, u, delta, A, B, C, D, bias, keep, initial):
+  """The same scan as array arithmetic."""
+  ids = None
+  if keep is not None:
+    changes = jnp.cumsum(1 - keep[:, :: -1 if call.reverse else 1], axis=1)
+    ids = changes[:, :: -1 if call.reverse else 1].astype(jnp.int32)
+  return xla.run(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    None,
+    bias,
+    initial,
+    ids,
+    delta_softplus=call.delta_softplus,
+    reverse=call.reverse,
+    return_final_state=True,
+  )
+
+
 _scan.defvjp(_scan_forward, _scan_backward)
+_with_states.defvjp(_with_states_forward, _with_states_backward)
+_gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
 class _Parts:

@@ -141,8 +141,25 @@ def _ssd(blocks, x, B, C, dt, cum, start, end, total, D, initial, runs):
 
 
 def _forward(blocks, *arrays):
-  y, states, final = _launch_forward(blocks, arrays, keep_states=True)
+  y, states, final = _with_states(blocks, *arrays)
   return (y, final), (arrays, states)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_states(blocks, *arrays):
+  """What `_forward` launches, so that it has derivatives of its own."""
+  return _launch_forward(blocks, arrays, keep_states=True)
+
+
+def _with_states_forward(blocks, *arrays):
+  y, states, final = _with_states(blocks, *arrays)
+  return (y, states, final), (arrays, states)
+
+
+def _with_states_backward(blocks, residuals, cotangents):
+  # `_gradients` has no use for the states beyond the arrays.
+  dy, _, d_final = cotangents
+  return _backward(blocks, residuals, (dy, d_final))
 
 
 def _launch_forward(blocks, arrays, *, keep_states):
@@ -181,10 +198,32 @@ def _launch_forward(blocks, arrays, *, keep_states):
 
 
 def _backward(blocks, residuals, cotangents):
+  arrays, states = residuals
+  *gradients, d_initial = _gradients(blocks, *arrays, states, *cotangents)
+  return (*gradients, d_initial, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(
+  blocks,
+  x,
+  B,
+  C,
+  dt,
+  cum,
+  start,
+  end,
+  total,
+  D,
+  initial,
+  runs,
+  states,
+  dy,
+  d_final,
+):
+  """Gradients of all but `runs`, from the states before each chunk."""
   from multihead.ops.ssd.triton import kernels
 
-  (x, B, C, dt, cum, start, end, total, D, initial, runs), states = residuals
-  dy, d_final = cotangents
   dy = dy.astype(x.dtype)
   batch, length, heads, width = x.shape
   groups, size = B.shape[2:]
@@ -254,11 +293,77 @@ def _backward(blocks, residuals, cotangents):
     jnp.sum(d_total, axis=0),
     None if D is None else jnp.sum(d_D, axis=(0, 2)),
     d_initial,
-    None,
   )
 
 
+def _gradients_forward(blocks, *args):
+  return _gradients(blocks, *args), args
+
+
+def _gradients_backward(blocks, args, cotangents):
+  """Second derivatives, which are rare, are those of the plain form."""
+  *arrays, runs, states, dy, d_final = args
+
+  def gradients(arrays, dy, d_final):
+    # The states are a function of the arrays, so nothing is lost.
+    def value(*arrays):
+      return _plain(blocks, *arrays, runs)
+
+    return jax.vjp(value, *arrays)[1]((dy, d_final))
+
+  again, d_dy, d_d_final = jax.vjp(gradients, arrays, dy, d_final)[1](
+    tuple(cotangents)
+  )
+  return (*again, None, jnp.zeros_like(states), d_dy, d_d_final)
+
+
 _ssd.defvjp(_forward, _backward)
+_with_states.defvjp(_with_states_forward, _with_states_backward)
+_gradients.defvjp(_gradients_forward, _gradients_backward)
+
+
+def _plain(blocks, x, B, C, dt, cum, start, end, total, D, initial, runs):
+  """What the kernels compute, as products of whole arrays."""
+  batch, length, heads, width = x.shape
+  groups, size = B.shape[2:]
+  chunk, chunks = blocks.chunk, total.shape[2]
+  past = ((0, 0), (0, -length % chunk), (0, 0), (0, 0))
+
+  def cut(v):
+    v = jnp.pad(v.astype(_F32), past)
+    return v.reshape(batch, chunks, chunk, groups, -1, v.shape[-1])
+
+  def by_head(v):
+    return v.reshape(batch, groups, -1, chunks, *v.shape[3:])
+
+  xs, Bs, Cs = cut(x), cut(B)[..., 0, :], cut(C)[..., 0, :]
+  dt, cum, start, end = (
+    by_head(v.reshape(batch, heads, chunks, chunk))
+    for v in (dt, cum, start, end)
+  )
+  seen = jnp.tri(chunk, dtype=bool)[None, None, None, None]
+  if runs is not None:
+    run = runs.reshape(batch, 1, 1, chunks, chunk)
+    seen &= run[..., :, None] == run[..., None, :]
+  exponents = cum[..., :, None] - cum[..., None, :]
+  weights = jnp.exp(jnp.where(seen, exponents, -jnp.inf)) * dt[..., None, :]
+  product = functools.partial(jnp.einsum, precision="highest")
+  scores = product("bclgm,bcsgm->bgcls", Cs, Bs)
+  y = product("bgcls,bgrcls,bcsgrh->bclgrh", scores, weights, xs)
+  added = product("bcsgrh,bgrcs,bcsgm->cbgrhm", xs, end, Bs)
+  factors = jnp.moveaxis(by_head(total), 3, 0)[..., None, None]
+  first = initial.reshape(batch, groups, -1, width, size)
+
+  def step(state, now):
+    factor, added = now
+    return factor * state + added, state
+
+  final, states = jax.lax.scan(step, first, (factors, added))
+  y = y + product("bclgm,cbgrhm,bgrcl->bclgrh", Cs, states, start)
+  if D is not None:
+    y = y + D.reshape(groups, -1, 1) * xs
+  y = y.reshape(batch, -1, heads, width)[:, :length]
+  return y.astype(x.dtype), final.reshape(initial.shape)
 
 
 def _constants(blocks, launch, x, B, total):

@@ -160,12 +160,8 @@ def state_gradients(
     dys = _tile(dy, t, hs, heads * width, here, width)
     starts = tl.load(start + row * chunks * Q + t)
     place = (row * chunks + c) * width * size
-    state = tl.load(
-      states + place + state_offsets, mask=state_mask, other=0.0
-    )
-    tl.store(
-      d_states + place + state_offsets, d_state.to(low), mask=state_mask
-    )
+    state = tl.load(states + place + state_offsets, mask=state_mask, other=0.0)
+    tl.store(d_states + place + state_offsets, d_state.to(low), mask=state_mask)
     d_factor = tl.sum(d_state * state.to(tl.float32))
     tl.store(d_total + row * chunks + c, d_factor)
     reading = (dys.to(tl.float32) * starts[:, None]).to(low)
