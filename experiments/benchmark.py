@@ -3,7 +3,8 @@
   python -m experiments.benchmark --suite=falcon_h1 --workdir=/tmp/benchmark
 
 Prints a table. In --workdir, metrics.jsonl gets a line per contender of each
-run, metrics.json the newest numbers and report.md a table per run.
+run, metrics.json the newest numbers and report.md a table per run, with a
+figure.
 """
 
 import datetime
@@ -60,6 +61,11 @@ def main() -> None:
     peak = timing.matmul_peak(dtype)
     facts["matrix product"] = f"{peak / 1e12:.3g} TFLOP/s in {dtype}"
     common.say(f"matrix product: {facts['matrix product']}")
+  bandwidth = None
+  if any(case.traffic is not None for case in cases):
+    bandwidth = timing.copy_bandwidth()
+    facts["copy"] = f"{bandwidth / 1e9:.4g} GB/s read and written"
+    common.say(f"copy: {facts['copy']}")
   loads = [_load()]
   results = []
   for case in cases:
@@ -67,7 +73,7 @@ def main() -> None:
     results += timing.run(case, _REPEATS.value, _MOST_SECONDS)
     loads.append(_load())
   facts["load average a core"] = ", ".join(f"{load:.1f}" for load in loads)
-  text = timing.table(results, peak)
+  text = timing.table(results, peak, bandwidth)
   # Threads that wait by spinning lose most: a ratio would flatter us.
   if max(loads) > _BUSY:
     text += (
@@ -175,6 +181,8 @@ def _write(
         }
         key = f"{case.name}/{result.contender}/{case.unit}_per_second"
         numbers[key] = result.rate
+        if result.memory is not None:
+          line["peak_bytes"] = result.memory
         if result.flops is not None:
           line |= {"flops_per_second": result.flops, "peak": peak}
         if result.speedup is not None:
@@ -186,6 +194,10 @@ def _write(
         line["reason"] = result.reason
       file.write(json.dumps(line) + "\n")
   (workdir / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+  # A run of the same suite does not overwrite the figure of an earlier one.
+  image = f"{_SUITE.value}-{re.sub(r'[^0-9]', '', now[:19])}.png"
+  if timing.plot(results, str(workdir / image)):
+    text += f"\n\n![milliseconds of each contender]({image})"
   with (workdir / "report.md").open("a", encoding="utf-8") as file:
     words = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     file.write(f"# {_SUITE.value}, {now}\n\n{words}\n\n{text}\n\n")

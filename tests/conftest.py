@@ -15,3 +15,6 @@ for _name, _value in (
       [os.environ.get("XLA_FLAGS", ""), f"--{_name}={_value}"]
     ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  # Read where triton is first imported: its own library is interpreted too.
+  os.environ.setdefault("TRITON_INTERPRET", "1")

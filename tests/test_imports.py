@@ -14,6 +14,7 @@ OPTIONAL = (
   "jax_triton",
   "mambapy",
   "nbformat",
+  "peft",
   "pytest",
   "sentencepiece",
   "sklearn",

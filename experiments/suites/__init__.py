@@ -4,4 +4,4 @@ A suite is a module of this package with `cases(tiny) -> Iterable[Case]`; see
 `experiments.suites.timing`.
 """
 
-NAMES = ("falcon_h1",)
+NAMES = ("falcon_h1", "hydra", "scan", "attention")

@@ -4,9 +4,11 @@ Compilation and warm-up are apart; then the contenders take turns, so that a
 busy minute of the machine falls on all of them.
 """
 
+import ctypes
 import dataclasses
 import gc
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +20,9 @@ from absl import logging
 
 OURS = "multihead"
 
-# Does the job once and returns when it is done.
+# Does the job and returns when it is done. It may have an attribute
+# `peak_memory`: a function that does the job once and returns the bytes that it
+# needs beside its inputs, or None where nobody knows.
 Job = Callable[[], Any]
 
 
@@ -39,6 +43,10 @@ class Case:
     unit: what a rate counts.
     flops: floating-point operations of one call, by the formula of the model
       (recomputation does not count); None where that says nothing.
+    traffic: bytes that one call must read and write at least; None likewise.
+    calls: how many calls a job makes before it waits for the device, so that
+      short ones are not timed by what a single one costs to launch. Every
+      number here and in the results is of one call.
   """
 
   name: str
@@ -46,6 +54,8 @@ class Case:
   contenders: Mapping[str, Callable[[], Job]]
   unit: str = "tokens"
   flops: float | None = None
+  traffic: float | None = None
+  calls: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +70,7 @@ class Result:
     speedup: how many times as fast our own is: the median over the turns; None
       for our own, or where one of the two did not run.
     reason: why it could not run, or "".
+    memory: bytes that a call needs beside its inputs; None if unknown.
   """
 
   case: Case
@@ -68,6 +79,7 @@ class Result:
   seconds: tuple[float, ...] = ()
   speedup: float | None = None
   reason: str = ""
+  memory: int | None = None
 
   @property
   def median(self) -> float:
@@ -104,19 +116,23 @@ def run(
     try:
       job = prepare()
       first = _clock(job)
-      _clock(job)
+      memory = None
+      if hasattr(job, "peak_memory"):
+        memory = job.peak_memory()
+      else:
+        job()
     except Unavailable as error:
       logging.info("%s: %s cannot run: %s", case.name, name, error)
       results[name] = Result(case, name, reason=str(error))
       continue
     jobs[name] = job
-    results[name] = Result(case, name, first)
+    results[name] = Result(case, name, first, memory=memory)
   seconds = {name: [] for name in jobs}
   for _ in range(repeats):
     if sum(map(sum, seconds.values())) > most_seconds:
       break
     for name, job in jobs.items():
-      seconds[name].append(_clock(job))
+      seconds[name].append(_clock(job) / case.calls)
   jobs.clear()
   gc.collect()
   for name, times in seconds.items():
@@ -136,6 +152,40 @@ def _clock(job: Job) -> float:
   return time.perf_counter() - start
 
 
+def growth(job: Job) -> int | None:
+  """Does the job once; returns by how many bytes the process grew meanwhile.
+
+  For libraries that give back what they no longer need. None where the system
+  does not tell, or the library is on another device.
+  """
+  found = None
+  try:
+    # What earlier jobs left to the allocator would be taken again, unseen.
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+      file.write("5")  # The highest mark falls to the present size.
+    found = _resident("VmRSS")
+  except (OSError, AttributeError):
+    pass
+  job()
+  return None if found is None else max(0, _resident("VmHWM") - found)
+
+
+def _resident(field: str) -> int:
+  with open("/proc/self/status") as file:
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", file.read())[1])
+
+
+def copy_bandwidth() -> float:
+  """Bytes a second that a copy reads and writes in all, best of ten."""
+  size = 2**25 if jax.default_backend() == "cpu" else 2**29
+  x = jnp.zeros((size,), jnp.float32)
+  copy = jax.jit(lambda x: x + 1)
+  job = lambda: copy(x).block_until_ready()
+  _clock(job)
+  return 2 * x.nbytes / min(_clock(job) for _ in range(10))
+
+
 def matmul_peak(dtype: Any) -> float:
   """Operations a second of a large square matrix product, best of ten."""
   size = 1024 if jax.default_backend() == "cpu" else 8192
@@ -147,14 +197,24 @@ def matmul_peak(dtype: Any) -> float:
   return 2 * size**3 / min(_clock(job) for _ in range(10))
 
 
-def table(results: Sequence[Result], peak: float | None) -> str:
+def table(
+  results: Sequence[Result],
+  peak: float | None,
+  bandwidth: float | None = None,
+) -> str:
   """The results as a Markdown table.
 
   Args:
     results: of all cases.
     peak: see `matmul_peak`; None leaves its columns out.
+    bandwidth: see `copy_bandwidth`; likewise.
   """
   head = ["case", "who", "ms", "min - max", "rate", "first call s"]
+  measured = any(result.memory is not None for result in results)
+  if measured:
+    head.append("peak MiB")
+  if bandwidth is not None:
+    head.append("traffic floor ms")
   if peak is not None:
     head += ["TFLOP/s", "of peak"]
   head.append(f"{OURS} is faster by")
@@ -171,6 +231,13 @@ def table(results: Sequence[Result], peak: float | None) -> str:
       f"{result.rate:,.0f} {result.case.unit}/s",
       f"{result.first:.1f}",
     ]
+    if measured:
+      known = result.memory is not None
+      row.append(f"{result.memory / 2**20:,.1f}" if known else "")
+    if bandwidth is not None:
+      traffic = result.case.traffic
+      floor = None if traffic is None else 1e3 * traffic / bandwidth
+      row.append("" if floor is None else f"{floor:.3g}")
     if peak is not None:
       known = result.flops is not None
       row.append(f"{result.flops / 1e12:.3g}" if known else "")
@@ -179,3 +246,41 @@ def table(results: Sequence[Result], peak: float | None) -> str:
     rows.append(row)
   lines = [head, ["---"] * len(head), *rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(results: Sequence[Result], path: str) -> bool:
+  """Draws the milliseconds of every contender that ran, case by case.
+
+  Args:
+    results: of all cases.
+    path: of the PNG.
+
+  Returns:
+    Whether there was anything to draw.
+  """
+  # Not pyplot: its backend is the caller's.
+  from matplotlib.figure import Figure
+
+  ran = [result for result in results if result.seconds]
+  if not ran:
+    return False
+  names = list(dict.fromkeys(result.contender for result in ran))
+  figure = Figure(figsize=(9, 1.2 + 0.3 * len(ran)), dpi=120)
+  axes = figure.subplots()
+  times = [1e3 * result.median for result in ran]
+  axes.barh(
+    range(len(ran)),
+    times,
+    color=[f"C{names.index(result.contender)}" for result in ran],
+  )
+  for place, value in enumerate(times):
+    axes.annotate(f" {value:.3g}", (value, place), va="center", fontsize=7)
+  labels = [f"{r.case.name}: {r.contender}" for r in ran]
+  axes.set_yticks(range(len(ran)), labels, fontsize=7)
+  axes.invert_yaxis()
+  axes.set_xscale("log")
+  axes.set_xlabel("milliseconds a call, median (logarithmic)")
+  axes.grid(axis="x", alpha=0.3)
+  figure.tight_layout()
+  figure.savefig(path)
+  return True

@@ -1,8 +1,9 @@
-"""Grouped-query self-attention with rotary positions and a static cache."""
+"""Self-attention: causal with rotary positions and a cache; bidirectional."""
 
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -135,3 +136,96 @@ class SelfAttention(nn.Module):
       name="out",
     )(y)
     return y, cache
+
+
+class MultiHeadAttention(nn.Module):
+  """Bidirectional softmax attention, N heads of width H, without positions.
+
+  What the heads put out, before the output projection mixes them, is sown as
+  `heads` [B, T, N, H].
+
+  Attributes:
+    num_heads: N.
+    head_dim: H.
+    qkv_bias: biases on the projections to queries, keys and values.
+    out_bias: a bias on the output projection.
+    dropout: rate of dropout on the attention weights. While it acts, the
+      weights [B, N, T, T] are held; `ops.attention` runs otherwise.
+    dtype: of the arithmetic; softmax is in float32.
+    param_dtype: of the parameters.
+    kernel_init: initialiser of the kernels.
+    implementation: of `ops.attention`.
+  """
+
+  num_heads: int
+  head_dim: int
+  qkv_bias: bool = True
+  out_bias: bool = True
+  dropout: float = 0.0
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+  kernel_init: Initializer = nn.initializers.normal(0.02)
+  implementation: Any = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    *,
+    mask: Bool[Array, "B T"] | None = None,
+    deterministic: bool = True,
+  ) -> Float[Array, "B T D"]:
+    """Attends from every token to all real ones.
+
+    Args:
+      x: inputs.
+      mask: True for real tokens; the others are not attended to.
+      deterministic: no dropout.
+    """
+    types = dict(
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      kernel_init=self.kernel_init,
+    )
+
+    def project(axis: str, name: str) -> Array:
+      return Linear(
+        (self.num_heads, self.head_dim),
+        ("embed", axis, "head_dim"),
+        use_bias=self.qkv_bias,
+        name=name,
+        **types,
+      )(x)
+
+    q = project("heads", "query")
+    k, v = project("kv_heads", "key"), project("kv_heads", "value")
+    visible = None if mask is None else mask[:, None, None, :]
+    if self.dropout and not deterministic:
+      y = self._dropped(q, k, v, visible)
+    else:
+      y = sharded_ops.attention(
+        q, k, v, mask=visible, implementation=self.implementation
+      )
+    self.sow("intermediates", "heads", y)
+    return Linear(
+      x.shape[-1:],
+      ("heads", "head_dim", "embed"),
+      inputs=2,
+      use_bias=self.out_bias,
+      name="out",
+      **types,
+    )(y)
+
+  def _dropped(self, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """Attention by its formula, with dropout between softmax and product."""
+    logits = jnp.einsum(
+      "bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32
+    )
+    logits = logits * self.head_dim**-0.5
+    if mask is not None:
+      logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    weights = jax.nn.softmax(logits)
+    if mask is not None:  # a row without a real token: zeros, as in the op
+      weights = jnp.where(mask, weights, 0)
+    weights = nn.Dropout(self.dropout, deterministic=False)(weights)
+    return jnp.einsum("bnqk,bknh->bqnh", weights.astype(v.dtype), v)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from multihead import ops
 from multihead.layers.linear import Initializer, Linear
 from multihead.layers.norms import GatedRMSNorm
+from multihead.layers.short_conv import ShortConv, past_padding
 from multihead.parallel import sharded_ops
 from multihead.parallel.sharding import BATCH_AXES, constrain
 
@@ -47,80 +48,6 @@ def counting_A(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
   """A_log = log(1), log(2), .., log(N): head n decays at rate n."""
   del key
   return jnp.log(jnp.arange(1, shape[0] + 1, dtype=jnp.float32)).astype(dtype)
-
-
-class _Conv(nn.Module):
-  """Depthwise causal convolution over trailing channel axes, then SiLU."""
-
-  width: int
-  axis_names: tuple[str | None, ...]
-  use_bias: bool
-  dtype: jnp.dtype
-  param_dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(
-    self,
-    x: Array,
-    *,
-    segment_ids: Array | None,
-    state: Array | None,
-    return_state: bool,
-  ) -> Any:
-    channels = x.shape[2:]
-    bound = self.width**-0.5
-
-    def uniform(key, shape, dtype):
-      return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    def param(name: str, init: Initializer, lead: tuple, names: tuple) -> Array:
-      init = nn.with_logical_partitioning(init, names + self.axis_names)
-      value = self.param(name, init, lead + channels, self.param_dtype)
-      return value.reshape(*lead, -1).astype(self.dtype)
-
-    kernel = param("kernel", uniform, (self.width,), ("conv",))
-    bias = param("bias", uniform, (), ()) if self.use_bias else None
-
-    def flat(x: Array) -> Array:
-      return x.reshape(*x.shape[:2], -1)
-
-    out = ops.causal_conv1d(
-      flat(x),
-      kernel,
-      bias,
-      activation="silu",
-      initial_state=None if state is None else flat(state),
-      segment_ids=segment_ids,
-      return_final_state=return_state,
-    )
-    y, state = out if return_state else (out, None)
-    return y.reshape(x.shape), state
-
-
-def _past_padding(state: Array, x: Array, mask: Array) -> tuple[Array, Array]:
-  """Moves the last inputs of a cache next to the first real token of a row.
-
-  Padding on the left of x would otherwise stand between the two, and the
-  convolution would read it in place of what came before.
-
-  Args:
-    state: [B, W-1, ...], the inputs before x.
-    x: [B, T, ...], zero where the mask is False.
-    mask: [B, T].
-
-  Returns:
-    state and x as one sequence of W-1+T, split again at W-1: first zeros for
-    the padding, then the state, then the real tokens at their old places.
-  """
-  past, length = state.shape[1], x.shape[1]
-  joined = jnp.concatenate([state, x], axis=1)
-  padding = jnp.where(mask.any(axis=1), mask.argmax(axis=1), length)[:, None]
-  slot = jnp.arange(past + length)
-  source = jnp.where(slot < padding + past, slot - padding, slot)
-  source = jnp.where(slot < padding, past, source)
-  source = source.reshape(source.shape + (1,) * (x.ndim - 2))
-  joined = jnp.take_along_axis(joined, source, axis=1)
-  return joined[:, :past], joined[:, past:]
 
 
 class Mamba2(nn.Module):
@@ -240,8 +167,8 @@ class Mamba2(nn.Module):
       past_x = cache["conv_x"].astype(x.dtype)
       past_bc = cache["conv_bc"].astype(bc.dtype)
       if mask is not None:
-        past_x, x = _past_padding(past_x, x, mask)
-        past_bc, bc = _past_padding(past_bc, bc, mask)
+        past_x, x = past_padding(past_x, x, mask)
+        past_bc, bc = past_padding(past_bc, bc, mask)
     conv = dict(segment_ids=segment_ids, return_state=returning)
     layer = dict(
       width=self.conv_width,
@@ -249,10 +176,10 @@ class Mamba2(nn.Module):
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
-    x, conv_x = _Conv(axis_names=head_axes, name="conv_x", **layer)(
+    x, conv_x = ShortConv(axis_names=head_axes, name="conv_x", **layer)(
       x, state=past_x, **conv
     )
-    bc, conv_bc = _Conv(axis_names=group_axes, name="conv_bc", **layer)(
+    bc, conv_bc = ShortConv(axis_names=group_axes, name="conv_bc", **layer)(
       bc, state=past_bc, **conv
     )
     x, bc = hide(x), hide(bc)

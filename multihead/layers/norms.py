@@ -1,10 +1,41 @@
-"""Root mean square normalisation, plain and gated."""
+"""Layer normalisation and root mean square normalisation."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+
+class LayerNorm(nn.Module):
+  """y = scale * (x - mean) / sqrt(variance + epsilon) + bias (Ba et al., 2016).
+
+  Mean and (biased) variance are over the last axis; all arithmetic is in
+  float32.
+
+  Attributes:
+    epsilon: added to the variance.
+    dtype: of the result.
+    param_dtype: of the scale and the bias.
+  """
+
+  epsilon: float = 1e-6
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def vector(name: str, init: nn.initializers.Initializer) -> Array:
+      init = nn.with_logical_partitioning(init, ("embed",))
+      value = self.param(name, init, x.shape[-1:], self.param_dtype)
+      return value.astype(jnp.float32)
+
+    scale = vector("scale", nn.initializers.ones)
+    bias = vector("bias", nn.initializers.zeros)
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+    return (x * scale + bias).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):

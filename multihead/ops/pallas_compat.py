@@ -27,6 +27,11 @@ VERSION = tuple(int(x) for x in jax.__version__.split(".")[:2])
 WGMMA = plgpu.Layout.WGMMA
 # What one program may hold, in bytes.
 SHARED_MEMORY = 232_448
+# Registers of a thread that computes and of one that loads, by the number of
+# warpgroups that compute. A program starts with the same number for all, 65536
+# shared out and rounded down to a multiple of 8; who asks for more than the
+# others have given back waits forever.
+REGISTERS = {2: (240, 24), 3: (160, 32)}
 # What lowering without a GPU assumes.
 HOPPER = "NVIDIA H100 80GB HBM3"
 HOPPER_CORES = 132
@@ -166,9 +171,7 @@ def barriers(count: int, arrivals: int = 1) -> Any:
   return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
 
-def load(
-  ref: Any, *, layout: Any = None, optimized: bool = True
-) -> jax.Array:
+def load(ref: Any, *, layout: Any = None, optimized: bool = True) -> jax.Array:
   """Reads shared or global memory into registers of a layout."""
   if VERSION >= (0, 11):
     return plgpu.load(ref, layout=layout, optimized=optimized)
@@ -216,16 +219,19 @@ def roles(
     consume: the work of a consumer.
     produce: the work of the producer.
   """
+  most, least = REGISTERS.get(consumers, (None, None))
 
   @pl.when(warpgroup < consumers)
   def _():
-    plgpu.set_max_registers(160 if consumers == 3 else 240, action="increase")
+    if most:
+      plgpu.set_max_registers(most, action="increase")
     consume()
     plgpu.wait_smem_to_gmem(0)
 
   @pl.when(warpgroup == consumers)
   def _():
-    plgpu.set_max_registers(32, action="decrease")
+    if least:
+      plgpu.set_max_registers(least, action="decrease")
     produce()
 
 
@@ -272,9 +278,7 @@ def pretended_hopper():
   device = mesh.AbstractDevice(
     device_kind=HOPPER, num_cores=HOPPER_CORES, platform="gpu"
   )
-  abstract = jax.sharding.AbstractMesh(
-    (1,), ("x",), abstract_device=device
-  )
+  abstract = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
   with jax.sharding.use_abstract_mesh(abstract):
     yield
 

@@ -9,18 +9,17 @@ goes wrong becomes a reason with the versions to install.
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from multihead.ops import manual_axes
 
-# What is known to work: jax-triton, and what it wants of the other two.
-_PAIRS = {
-  "0.3.1": "triton 3.6 and jax 0.10 to 0.11",
-  "0.4.1": "triton 3.7 and jax 0.11 or newer",
-}
+# Run on an H100 with jax 0.11.2; the extra `gpu` installs this pair.
+_KNOWN = "jax-triton 0.3.1 with triton 3.6.0"
 
 
 @functools.cache
@@ -72,7 +71,8 @@ def call(
   """
   import jax_triton
 
-  name = "out_type" if _version("jax-triton") >= "0.4" else "out_shape"
+  release = tuple(int(x) for x in _version("jax-triton").split(".")[:2])
+  name = "out_type" if release >= (0, 4) else "out_shape"
   # A kernel does not know over which mesh axes its inputs may differ.
   axes = manual_axes.varying(*inputs)
   results = jax_triton.triton_call(
@@ -85,6 +85,36 @@ def call(
     **constants,
   )
   return tuple(manual_axes.cast(x, axes) for x in results)
+
+
+def mappable(launch: Callable[..., Any]) -> Callable[..., Any]:
+  """`launch(arrays, parameters)` that `vmap` may map over either.
+
+  Under `vmap` arrays of shape [A, B, ...] become [A B, ...]; where parameters
+  differ too, it launches A times.
+  """
+  mappable = jax.custom_batching.custom_vmap(launch)
+
+  @mappable.def_vmap
+  def rule(size, mapped, arrays, parameters):
+    def widen(array, is_mapped):
+      if is_mapped:
+        return array
+      return jnp.broadcast_to(array, (size, *array.shape))
+
+    arrays = jax.tree.map(widen, arrays, mapped[0])
+    if any(jax.tree.leaves(mapped[1])):
+      parameters = jax.tree.map(widen, parameters, mapped[1])
+      out = lax.map(lambda both: mappable(*both), (arrays, parameters))
+    else:
+      flat = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), arrays)
+      out = jax.tree.map(
+        lambda v: v.reshape(size, -1, *v.shape[1:]),
+        mappable(flat, parameters),
+      )
+    return out, jax.tree.map(lambda _: True, out)
+
+  return mappable
 
 
 def _try() -> str | None:
@@ -100,11 +130,10 @@ def _try() -> str | None:
 
 def _mismatch(error: Exception | str) -> str:
   text = str(error).strip().splitlines() or [type(error).__name__]
-  known = "; ".join(f"jax-triton {k} with {v}" for k, v in _PAIRS.items())
   return (
     f"jax-triton {_version('jax-triton')} does not work with triton "
-    f"{_version('triton')} and jax {jax.__version__} ({text[0]}); these do: "
-    f"{known}"
+    f"{_version('triton')} and jax {jax.__version__} ({text[0]}); install "
+    f"{_KNOWN}: pip install 'multihead[gpu]'"
   )
 
 

@@ -7,8 +7,8 @@ of the mesh that `jax.set_mesh` put in force; without one they call it as is.
 
 Batch splits over data and fsdp, heads over tensor, length over sequence. An
 axis that does not divide its dimension leaves that dimension whole. Over the
-sequence axis, attention gathers keys and values (only there), and the scan
-exchanges one state a shard.
+sequence axis, attention gathers keys and values (only there), and the scans
+exchange one state a shard (`context_scan`).
 """
 
 from collections.abc import Callable
@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from multihead import ops
+from multihead.parallel import context_scan
 from multihead.parallel.sharding import BATCH_AXES, context_axes, split
 
 
-def _map_local(
+def map_local(
   fn: Callable[..., Any],
   arrays: dict[str, jax.Array | None],
   specs: dict[str, tuple],
@@ -170,85 +171,7 @@ def attention(
       specs[name] = _spread(x.shape, full)
   out = PartitionSpec(batch, sequence, heads, None)
   lse = PartitionSpec(batch, heads, sequence)
-  return _map_local(run, arrays, specs, (out, lse) if return_lse else out)
-
-
-def _carry_in(decay: jax.Array, state: jax.Array, same: jax.Array):
-  """State that enters each sequence shard, from all shards' summaries.
-
-  Args:
-    decay: [B, N], the product of this shard's decays.
-    state: [B, N, H, M], what this shard alone leaves behind.
-    same: [B], whether this shard is one segment that continues the last one.
-
-  Returns:
-    [B, N, H, M] float32: what the shards before this one hand over.
-  """
-  index = jax.lax.axis_index("sequence")
-  decay = jnp.where(same[:, None], decay, 0.0)
-  decays = jax.lax.all_gather(decay, "sequence")  # [P, B, N]
-  states = jax.lax.all_gather(state, "sequence")  # [P, B, N, H, M]
-  carry = jnp.zeros_like(state)
-  for shard in range(decays.shape[0]):
-    update = decays[shard][..., None, None] * carry + states[shard]
-    carry = jnp.where(shard < index, update, carry)
-  return carry
-
-
-def _sequence_ssd(
-  *, x, dt, A, B, C, D, segment_ids, initial_state, chunk_size, implementation
-):
-  """SSD over a length split across devices; dt is final, in float32.
-
-  Each shard scans from zero; then one exchange of (decay, state) per shard
-  and a correction y_t += exp(sum dt A) C_t . state_in. The payload does not
-  depend on the length.
-  """
-  index = jax.lax.axis_index("sequence")
-  first = index == 0
-  if initial_state is not None:
-    initial_state = jnp.where(first, initial_state, 0.0)
-  y, state = ops.ssd(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    chunk_size=chunk_size,
-    initial_state=initial_state,
-    segment_ids=segment_ids,
-    return_final_state=True,
-    implementation=implementation,
-  )
-  if segment_ids is None:
-    joined = jnp.ones(dt.shape[:2], bool)
-  else:
-    # `joined`: no border between this token and the previous shard's last.
-    size = jax.lax.axis_size("sequence")
-    before = jax.lax.ppermute(
-      segment_ids[:, -1:], "sequence", [(i, i + 1) for i in range(size - 1)]
-    )
-    previous = jnp.concatenate([before, segment_ids[:, :-1]], axis=1)
-    border = segment_ids != previous
-    joined = jnp.cumsum(border, axis=1) == 0
-  joined &= ~first
-  cumulated = jnp.cumsum(dt * A.astype(jnp.float32), axis=1)  # [B, T, N]
-  carry = _carry_in(jnp.exp(cumulated[:, -1]), state, joined[:, -1])
-  decay = jnp.where(joined[..., None], jnp.exp(cumulated), 0.0)
-  groups, heads = C.shape[2], x.shape[2]
-  grouped = carry.reshape(
-    carry.shape[0], groups, heads // groups, *carry.shape[2:]
-  )
-  late = jnp.einsum(
-    "btgm,bgnhm->btgnh", C.astype(jnp.float32), grouped
-  ).reshape(x.shape)
-  y = (y + decay[..., None] * late).astype(y.dtype)
-  state += decay[:, -1, :, None, None] * carry
-  # The last shard holds the state after the last token.
-  last = index == jax.lax.axis_size("sequence") - 1
-  state = jax.lax.psum(jnp.where(last, state, 0.0), "sequence")
-  return y, state
+  return map_local(run, arrays, specs, (out, lse) if return_lse else out)
 
 
 def ssd(
@@ -314,7 +237,7 @@ def ssd(
     if dt_softplus:
       dt = jax.nn.softplus(dt)
     dt = jnp.clip(dt, *dt_limit)
-    y, state = _sequence_ssd(x=x, dt=dt, A=A, B=B, C=C, **rest, **options)
+    y, state = context_scan.ssd(x, dt, A, B, C, **rest, **options)
     return (y, state) if return_final_state else y
 
   scan = (batch, sequence, heads, None)
@@ -333,6 +256,93 @@ def ssd(
   )
   out = PartitionSpec(*scan)
   final = PartitionSpec(*state)
-  return _map_local(
+  return map_local(
+    run, arrays, specs, (out, final) if return_final_state else out
+  )
+
+
+def selective_scan(
+  u: jax.Array,
+  delta: jax.Array,
+  A: jax.Array,
+  B: jax.Array,
+  C: jax.Array,
+  D: jax.Array | None = None,
+  *,
+  z: jax.Array | None = None,
+  delta_bias: jax.Array | None = None,
+  delta_softplus: bool = False,
+  initial_state: jax.Array | None = None,
+  reverse: bool = False,
+  segment_ids: jax.Array | None = None,
+  return_final_state: bool = False,
+  implementation: Any = None,
+) -> Any:
+  """`ops.selective_scan` on local shards; same arguments and results.
+
+  The channels split over tensor, as heads do elsewhere.
+  """
+  sizes = context_axes()
+  arrays = dict(
+    u=u,
+    delta=delta,
+    A=A,
+    B=B,
+    C=C,
+    D=D,
+    z=z,
+    delta_bias=delta_bias,
+    initial_state=initial_state,
+    segment_ids=segment_ids,
+  )
+  options = dict(
+    delta_softplus=delta_softplus,
+    reverse=reverse,
+    implementation=implementation,
+  )
+  if not sizes:
+    return ops.selective_scan(
+      **arrays, **options, return_final_state=return_final_state
+    )
+  batch = split(u.shape[0], BATCH_AXES, sizes)
+  channels = split(u.shape[2], "tensor", sizes)
+  groups = split(B.shape[2], "tensor", sizes) if channels else None
+  sequence = split(u.shape[1], "sequence", sizes)
+
+  def run(*, u, delta, A, B, C, **rest):
+    if channels and not groups:
+      B, C = (_local_heads(a, u.shape[2], "tensor") for a in (B, C))
+    if not sequence:
+      return ops.selective_scan(
+        u,
+        delta,
+        A,
+        B,
+        C,
+        return_final_state=return_final_state,
+        **rest,
+        **options,
+      )
+    y, state = context_scan.selective_scan(u, delta, A, B, C, **rest, **options)
+    return (y, state) if return_final_state else y
+
+  scan = (batch, sequence, channels)
+  group = (batch, sequence, groups, None)
+  state = (batch, channels, None)
+  specs = dict(
+    u=scan,
+    delta=scan,
+    A=(channels, None),
+    B=group,
+    C=group,
+    D=(channels,),
+    z=scan,
+    delta_bias=(channels,),
+    initial_state=state,
+    segment_ids=(batch, sequence),
+  )
+  out = PartitionSpec(*scan)
+  final = PartitionSpec(*state)
+  return map_local(
     run, arrays, specs, (out, final) if return_final_state else out
   )

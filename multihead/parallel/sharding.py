@@ -24,6 +24,7 @@ RULES: dict[str, str | None] = {
   "heads": "tensor",
   "kv_heads": "tensor",
   "ssm_heads": "tensor",
+  "ssm_channels": "tensor",
   "groups": "tensor",
   "head_dim": None,
   "state": None,
@@ -75,8 +76,11 @@ def partition_spec(
 
 def _init(model: nn.Module, rng: jax.Array) -> Any:
   """Parameters still boxed with their logical axis names."""
-  tokens = jnp.zeros((1, 1), jnp.int32)
-  return model.init(rng, tokens)["params"]
+  if hasattr(model, "init_inputs"):
+    inputs = model.init_inputs()
+  else:
+    inputs = (jnp.zeros((1, 1), jnp.int32),)
+  return model.init(rng, *inputs)["params"]
 
 
 @functools.lru_cache(maxsize=8)
@@ -114,7 +118,8 @@ def init_params(
   The values do not depend on the mesh.
 
   Args:
-    model: a model that initialises from tokens [1, 1].
+    model: a model that initialises from tokens [1, 1], or from what its method
+      `init_inputs` returns.
     rng: a key.
     mesh: where they shall live; None leaves them on the default device.
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from experiments.suites import falcon_h1, timing
@@ -61,6 +62,48 @@ def test_a_long_case_ends_early_with_whole_turns(monkeypatch):
     timing.Case("case", 1, contenders), repeats=9, most_seconds=100
   )
   assert [len(result.seconds) for result in results] == [3, 3]
+
+
+def test_numbers_are_of_one_call(monkeypatch):
+  clock = Clock(monkeypatch)
+  contenders = {"multihead": clock.contender("multihead", [8])}
+  case = timing.Case("case", 6, contenders, calls=4, traffic=3e9)
+  [result] = timing.run(case, repeats=2)
+  assert (result.seconds, result.rate) == ((2, 2), 3)
+  head, _, row = timing.table([result], None, bandwidth=1e9).splitlines()
+  place = head.split("|").index(" traffic floor ms ")
+  assert float(row.split("|")[place]) == 3000
+
+
+def test_growth_is_what_a_call_adds():
+  held = [np.ones(2**22)]  # 32 MiB that were there before
+
+  def job():
+    np.ones(2**23)  # 64 MiB, given back
+    held.append(np.ones(2**20))  # and 8 that stay
+
+  found = timing.growth(job)
+  if found is None:
+    pytest.skip("this system does not tell how much memory a process has")
+  assert 63 <= found / 2**20 <= 80
+
+
+def test_a_job_may_know_its_memory(monkeypatch):
+  clock = Clock(monkeypatch)
+
+  def knows():
+    job = clock.contender("knows", [1])()
+    job.peak_memory = lambda: job() or 3 * 2**20
+    return job
+
+  contenders = {"knows": knows, "does not": clock.contender("does not", [1])}
+  results = timing.run(timing.Case("case", 1, contenders), repeats=1)
+  assert [result.memory for result in results] == [3 * 2**20, None]
+  assert clock.log == ["knows"] * 2 + ["does not"] * 2 + ["knows", "does not"]
+  head, _, first, second = timing.table(results, None).splitlines()
+  place = head.split("|").index(" peak MiB ")
+  cells = [row.split("|")[place].strip() for row in (first, second)]
+  assert cells == ["3.0", ""]
 
 
 def test_one_that_cannot_run_is_named_with_its_reason(monkeypatch):

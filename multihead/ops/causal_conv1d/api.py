@@ -6,10 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from multihead.ops import dispatch
-from multihead.ops.causal_conv1d import reference, xla
+from multihead.ops.causal_conv1d import reference, triton, xla
 
-_IMPLEMENTATIONS = {"xla": xla, "reference": reference}
-_PREFERENCE = ("xla", "reference")
+_IMPLEMENTATIONS = {"triton": triton, "xla": xla, "reference": reference}
+_PREFERENCE = ("triton", "xla", "reference")
+# With fewer tokens, a decoder's, the compiler fuses the few products with what
+# stands around them, which a kernel of their own cannot.
+_PREFERENCE_FEW = ("xla", "triton", "reference")
+_FEW_TOKENS = 16
 
 
 def causal_conv1d(
@@ -42,8 +46,9 @@ def causal_conv1d(
       segment begins; a tap that reaches into another segment sees zeros.
       `initial_state` belongs to the first segment.
     return_final_state: whether to return the last inputs too.
-    implementation: "xla" (shifted products), "reference" (token by token), a
-      sequence of names, or None for the best.
+    implementation: "triton" (one pass over x on an NVIDIA GPU), "xla" (shifted
+      products), "reference" (token by token), a sequence of names, or None for
+      the best.
 
   Returns:
     y [B, T, C] in the dtype of x; sums and activation are in float32 (float64
@@ -112,7 +117,8 @@ def causal_conv1d(
     segment_ids=segment_ids,
     return_final_state=return_final_state,
   )
+  preference = _PREFERENCE_FEW if length < _FEW_TOKENS else _PREFERENCE
   module = dispatch.select(
-    "causal_conv1d", _IMPLEMENTATIONS, _PREFERENCE, implementation, args
+    "causal_conv1d", _IMPLEMENTATIONS, preference, implementation, args
   )
   return module.run(**args)

@@ -36,27 +36,65 @@ def run(
   return_final_state: bool,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """See `multihead.ops.causal_conv1d`."""
-  length, past = x.shape[1], kernel.shape[0] - 1
+  past = kernel.shape[0] - 1
   if initial_state is not None:
     initial_state = initial_state.astype(x.dtype)
-  runs = None
-  if segment_ids is not None:
-    # Numbers the runs of equal ids, so that an id may come back later. The
-    # inputs before the first token belong to run 0.
-    change = segment_ids[:, 1:] != segment_ids[:, :-1]
-    runs = jnp.cumsum(jnp.pad(change, ((0, 0), (1, 0))), 1, dtype=jnp.int32)
-    runs = jnp.pad(runs, ((0, 0), (past, 0)))
+  runs = _number_runs(segment_ids, past)
   x, kernel, bias, initial_state, runs = manual_axes.alike(
     x, kernel, bias, initial_state, runs
   )
   y = _convolve(activation, x, kernel, bias, initial_state, runs)
   if not return_final_state:
     return y
+  return y, final_state(x, initial_state, segment_ids, past + 1)
+
+
+def final_state(
+  x: jax.Array,
+  initial_state: jax.Array | None,
+  segment_ids: jax.Array | None,
+  width: int,
+) -> jax.Array:
+  """The last W - 1 inputs, zeros where of another segment than the last."""
+  past = width - 1
+  x, initial_state, segment_ids = manual_axes.alike(
+    x, initial_state, segment_ids
+  )
+  last = slice(max(x.shape[1] - past, 0), None)
+  x = x[:, last]
+  length = x.shape[1]
   final = _with_past(x, initial_state, past)[:, length:]
-  if runs is not None:
+  if segment_ids is not None:
+    runs = _number_runs(segment_ids[:, last], past)
     same = runs[:, length:] == runs[:, -1:]
     final = jnp.where(same[..., None], final, 0)
-  return y, final
+  return final
+
+
+def gradients(
+  activation: str | None,
+  x: jax.Array,
+  kernel: jax.Array,
+  bias: jax.Array | None,
+  state: jax.Array | None,
+  segment_ids: jax.Array | None,
+  dy: jax.Array,
+) -> tuple[jax.Array | None, ...]:
+  """The gradients of x, kernel, bias and state for the gradient dy of y."""
+  runs = _number_runs(segment_ids, kernel.shape[0] - 1)
+  return _backward(activation, (x, kernel, bias, state, runs), dy)[:4]
+
+
+def _number_runs(segment_ids, past):
+  """Numbers the runs of equal ids, so that an id may come back later.
+
+  The inputs before the first token belong to run 0.
+  """
+  if segment_ids is None:
+    return None
+  change = segment_ids[:, 1:] != segment_ids[:, :-1]
+  runs = jnp.cumsum(jnp.pad(change, ((0, 0), (1, 0))), 1, dtype=jnp.int32)
+  return jnp.pad(runs, ((0, 0), (past, 0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

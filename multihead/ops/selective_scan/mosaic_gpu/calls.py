@@ -94,6 +94,13 @@ def run(
   more_channels = -per_group % tile.CHANNELS
   padded_size = next(n for n in (8, 16, 32, 64) if n >= size)
   more_states = padded_size - size
+  total = groups * (per_group + more_channels)
+  plan = (plan or Plan()).fill(batch, length, total, padded_size, u.dtype)
+  chunk_sizes = plan.chunk, plan.gradient_chunk
+  if total == tile.CHANNELS and any(length % c for c in chunk_sizes):
+    # Of one tile the tokens are contiguous in memory, and the copy of the last
+    # ones is not cut off at the end of its row.
+    more_channels += tile.CHANNELS
 
   def pad_channels(x, axis):
     if x is None or not more_channels:
@@ -122,9 +129,6 @@ def run(
     pad_channels(wide(delta_bias), 0),
     keep,
     pad_states(pad_channels(wide(initial_state), 1)),
-  )
-  plan = (plan or Plan()).fill(
-    batch, length, arrays[0].shape[2], padded_size, u.dtype
   )
   call = _Call(plan, delta_softplus, reverse)
   y, final = _scan(call, *manual_axes.alike(*arrays))

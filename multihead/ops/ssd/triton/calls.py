@@ -40,26 +40,37 @@ class Blocks:
 
   Attributes:
     chunk: tokens of a chunk.
-    forward: launch of `kernels.forward`.
-    states: launch of `kernels.state_gradients`.
-    chunks: launch of `kernels.chunk_gradients`.
+    forward: launch of `kernels.forward`, or None for its two halves.
+    states: launch of `kernels.state_pass` and `kernels.state_gradients`.
+    outputs: launch of `kernels.chunk_outputs`.
+    gradients: launch of `kernels.chunk_gradients`.
   """
 
   chunk: int
-  forward: Launch
+  forward: Launch | None
   states: Launch
-  chunks: Launch
+  outputs: Launch
+  gradients: Launch
 
 
 def _blocks(width: int, size: int) -> Blocks:
   """What measured best on an H100, of what leaves states in registers."""
-  tile = min(64, max(16, _power_of_two(width)))
-  warps = 4 if size <= 128 else 8
+  whole = max(16, _power_of_two(width))
+  half = min(64, whole)
+  if size <= 128:
+    return Blocks(
+      _CHUNK,
+      Launch(half, 4, 2),
+      Launch(half, 4, 2),
+      Launch(half, 4, 1),
+      Launch(half, 4, 1),
+    )
   return Blocks(
     _CHUNK,
-    Launch(tile, warps, 2),
-    Launch(tile, warps, 2),
-    Launch(tile, warps, 1),
+    None,
+    Launch(max(16, half // 2), 4, 2),
+    Launch(whole, 4, 1),
+    Launch(whole, 8, 2),
   )
 
 
@@ -135,25 +146,28 @@ def _factors(dt, A, runs, chunk):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ssd(blocks, x, B, C, dt, cum, start, end, total, D, initial, runs):
-  arrays = (x, B, C, dt, cum, start, end, total, D, initial, runs)
-  y, _, final = _launch_forward(blocks, arrays, keep_states=False)
+  arrays = (x, B, C, dt, cum, start, end, total, initial, runs)
+  launch = functools.partial(_launch_forward, blocks, False)
+  y, _, final = triton_compat.mappable(launch)(arrays, D)
   return y, final
 
 
-def _forward(blocks, *arrays):
-  y, states, final = _with_states(blocks, *arrays)
-  return (y, final), (arrays, states)
+def _forward(blocks, *args):
+  y, states, final = _with_states(blocks, *args)
+  return (y, final), (args, states)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_states(blocks, *arrays):
+def _with_states(blocks, *args):
   """What `_forward` launches, so that it has derivatives of its own."""
-  return _launch_forward(blocks, arrays, keep_states=True)
+  *arrays, D, initial, runs = args
+  launch = functools.partial(_launch_forward, blocks, True)
+  return triton_compat.mappable(launch)((*arrays, initial, runs), D)
 
 
-def _with_states_forward(blocks, *arrays):
-  y, states, final = _with_states(blocks, *arrays)
-  return (y, states, final), (arrays, states)
+def _with_states_forward(blocks, *args):
+  y, states, final = _with_states(blocks, *args)
+  return (y, states, final), (args, states)
 
 
 def _with_states_backward(blocks, residuals, cotangents):
@@ -162,68 +176,73 @@ def _with_states_backward(blocks, residuals, cotangents):
   return _backward(blocks, residuals, (dy, d_final))
 
 
-def _launch_forward(blocks, arrays, *, keep_states):
-  from multihead.ops.ssd.triton import kernels
-
-  x, B, C, dt, cum, start, end, total, D, initial, runs = arrays
-  batch, length, heads, width = x.shape
-  size = B.shape[3]
-  kept = (batch, heads, total.shape[2], width, size) if keep_states else (1,)
-  struct = jax.ShapeDtypeStruct
-  launch = blocks.forward
-  return triton_compat.call(
-    kernels.forward,
-    x,
-    B,
-    C,
-    dt,
-    cum,
-    start,
-    end,
-    total,
-    cum if D is None else D,
-    initial,
-    cum if runs is None else runs,
-    out=[
-      struct(x.shape, x.dtype),
-      struct(kept, x.dtype),
-      struct(initial.shape, _F32),
-    ],
-    grid=(batch * heads, launch.parts(width)),
-    has_D=D is not None,
-    has_runs=runs is not None,
-    keep_states=keep_states,
-    **_constants(blocks, launch, x, B, total),
-  )
-
-
 def _backward(blocks, residuals, cotangents):
-  arrays, states = residuals
-  *gradients, d_initial = _gradients(blocks, *arrays, states, *cotangents)
-  return (*gradients, d_initial, None)
+  args, states = residuals
+  return (*_gradients(blocks, *args, states, *cotangents), None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(
-  blocks,
-  x,
-  B,
-  C,
-  dt,
-  cum,
-  start,
-  end,
-  total,
-  D,
-  initial,
-  runs,
-  states,
-  dy,
-  d_final,
-):
+def _gradients(blocks, *args):
   """Gradients of all but `runs`, from the states before each chunk."""
+  *arrays, D, initial, runs, states, dy, d_final = args
+  launch = functools.partial(_launch_gradients, blocks)
+  *gradients, d_D, d_initial = triton_compat.mappable(launch)(
+    (*arrays, initial, runs, states, dy, d_final), D
+  )
+  d_D = None if D is None else jnp.sum(d_D, axis=0)
+  return (*gradients, d_D, d_initial)
+
+
+def _launch_forward(blocks, keep_states, arrays, D):
+  """y, the states before each chunk (None unless they are kept), the last."""
   from multihead.ops.ssd.triton import kernels
 
+  x, B, C, dt, cum, start, end, total, initial, runs = arrays
+  batch, _, heads, width = x.shape
+  size, chunks = B.shape[3], total.shape[2]
+  struct = jax.ShapeDtypeStruct
+  whole = struct((batch, heads, chunks, width, size), x.dtype)
+  y, final = struct(x.shape, x.dtype), struct(initial.shape, _F32)
+  optional = dict(has_D=D is not None, has_runs=runs is not None)
+  D = cum if D is None else D
+  runs = cum if runs is None else runs
+  if (launch := blocks.forward) is not None:
+    y, states, final = triton_compat.call(
+      kernels.forward,
+      *(x, B, C, dt, cum, start, end, total, D, initial, runs),
+      out=[y, whole if keep_states else struct((1,), x.dtype), final],
+      grid=(batch * heads, launch.parts(width)),
+      keep_states=keep_states,
+      **optional,
+      **_constants(blocks, launch, x, B, total),
+    )
+    return y, states if keep_states else None, final
+  launch = blocks.states
+  states, final = triton_compat.call(
+    kernels.state_pass,
+    *(x, B, end, total, initial),
+    out=[whole, final],
+    grid=(batch * heads, launch.parts(width)),
+    **_constants(blocks, launch, x, B, total),
+  )
+  launch = blocks.outputs
+  (y,) = triton_compat.call(
+    kernels.chunk_outputs,
+    *(x, B, C, dt, cum, start, D, runs, states),
+    out=[y],
+    grid=(chunks, batch * heads, launch.parts(width)),
+    **optional,
+    **_constants(blocks, launch, x, B, total),
+  )
+  return y, states if keep_states else None, final
+
+
+def _launch_gradients(blocks, arrays, D):
+  """Gradients of x to total, of D for each row [b, N], and of initial."""
+  from multihead.ops.ssd.triton import kernels
+
+  x, B, C, dt, cum, start, end, total, initial, runs, *rest = arrays
+  states, dy, d_final = rest
   dy = dy.astype(x.dtype)
   batch, length, heads, width = x.shape
   groups, size = B.shape[2:]
@@ -232,12 +251,7 @@ def _gradients(
   launch = blocks.states
   d_states, d_total, d_initial = triton_compat.call(
     kernels.state_gradients,
-    C,
-    start,
-    total,
-    states,
-    dy,
-    d_final,
+    *(C, start, total, states, dy, d_final),
     out=[
       struct(states.shape, states.dtype),
       struct((launch.parts(width), *total.shape), _F32),
@@ -246,23 +260,15 @@ def _gradients(
     grid=(batch * heads, launch.parts(width)),
     **_constants(blocks, launch, x, B, total),
   )
-  launch = blocks.chunks
+  launch = blocks.gradients
   parts = launch.parts(width)
   maps = struct((batch, heads, parts, length, size), B.dtype)
   dx, dB, dC, *sums = triton_compat.call(
     kernels.chunk_gradients,
-    x,
-    B,
-    C,
-    dt,
-    cum,
-    start,
-    end,
+    *(x, B, C, dt, cum, start, end),
     cum if D is None else D,
     cum if runs is None else runs,
-    states,
-    d_states,
-    dy,
+    *(states, d_states, dy),
     out=[
       struct(x.shape, x.dtype),
       maps,
@@ -275,25 +281,17 @@ def _gradients(
     has_runs=runs is not None,
     **_constants(blocks, launch, x, B, total),
   )
-  d_dt, d_cum, d_start, d_end, d_D = (jnp.sum(v, axis=0) for v in sums)
+  *per_token, d_D = (jnp.sum(v, axis=0) for v in sums)
 
   def over_group(v):
     v = v.reshape(batch, groups, heads // groups * parts, length, size)
     v = jnp.sum(v, axis=2, dtype=_F32).astype(v.dtype)
     return jnp.swapaxes(v, 1, 2)
 
-  return (
-    dx,
-    over_group(dB),
-    over_group(dC),
-    d_dt,
-    d_cum,
-    d_start,
-    d_end,
-    jnp.sum(d_total, axis=0),
-    None if D is None else jnp.sum(d_D, axis=(0, 2)),
-    d_initial,
-  )
+  d_total = jnp.sum(d_total, axis=0)
+  d_D = jnp.sum(d_D, axis=2)
+  maps = over_group(dB), over_group(dC)
+  return (dx, *maps, *per_token, d_total, d_D, d_initial)
 
 
 def _gradients_forward(blocks, *args):

@@ -112,6 +112,126 @@ def forward(
 
 
 @triton.jit
+def state_pass(
+  x,
+  B,
+  end,
+  total,
+  initial,
+  states,
+  final,
+  length: tl.constexpr,
+  chunks: tl.constexpr,
+  heads: tl.constexpr,
+  groups: tl.constexpr,
+  width: tl.constexpr,
+  size: tl.constexpr,
+  Q: tl.constexpr,
+  HT: tl.constexpr,
+  MT: tl.constexpr,
+):
+  """The states before each chunk [b, N, chunks, H, M] and the last one.
+
+  With `chunk_outputs` this is `forward` in two, for states so large that they
+  leave no registers for the rest.
+  """
+  row = tl.program_id(0).to(tl.int64)
+  batch, head = row // heads, row % heads
+  group = head // (heads // groups)
+  hs = tl.program_id(1) * HT + tl.arange(0, HT)
+  ms = tl.arange(0, MT)
+  q = tl.arange(0, Q)
+  low = x.dtype.element_ty
+  state_mask = (hs < width)[:, None] & (ms < size)[None, :]
+  state_offsets = hs[:, None] * size + ms[None, :]
+  state = tl.load(
+    initial + row * width * size + state_offsets, mask=state_mask, other=0.0
+  )
+  x += (batch * length * heads + head) * width
+  B += (batch * length * groups + group) * size
+  for c in range(chunks):
+    t = c * Q + q
+    here = t < length
+    xs = _tile(x, t, hs, heads * width, here, width)
+    Bs = _tile(B, t, ms, groups * size, here, size)
+    ends = tl.load(end + row * chunks * Q + t)
+    place = (row * chunks + c) * width * size
+    tl.store(states + place + state_offsets, state.to(low), mask=state_mask)
+    leaving = (xs.to(tl.float32) * ends[:, None]).to(low)
+    state = state * tl.load(total + row * chunks + c)
+    state = tl.dot(tl.trans(leaving), Bs, acc=state)
+  tl.store(final + row * width * size + state_offsets, state, mask=state_mask)
+
+
+@triton.jit
+def chunk_outputs(
+  x,
+  B,
+  C,
+  dt,
+  cum,
+  start,
+  D,
+  runs,
+  states,
+  y,
+  length: tl.constexpr,
+  chunks: tl.constexpr,
+  heads: tl.constexpr,
+  groups: tl.constexpr,
+  width: tl.constexpr,
+  size: tl.constexpr,
+  has_D: tl.constexpr,
+  has_runs: tl.constexpr,
+  Q: tl.constexpr,
+  HT: tl.constexpr,
+  MT: tl.constexpr,
+):
+  """y of one chunk of one head, from the state before it."""
+  c = tl.program_id(0)
+  row = tl.program_id(1).to(tl.int64)
+  batch, head = row // heads, row % heads
+  group = head // (heads // groups)
+  hs = tl.program_id(2) * HT + tl.arange(0, HT)
+  ms = tl.arange(0, MT)
+  q = tl.arange(0, Q)
+  t = c * Q + q
+  here = t < length
+  low = x.dtype.element_ty
+  first = (batch * length * heads + head) * width
+  maps = (batch * length * groups + group) * size
+  per_token = row * chunks * Q + t
+  Bs = _tile(B + maps, t, ms, groups * size, here, size)
+  Cs = _tile(C + maps, t, ms, groups * size, here, size)
+  xs = _tile(x + first, t, hs, heads * width, here, width)
+  state_mask = (hs < width)[:, None] & (ms < size)[None, :]
+  place = (row * chunks + c) * width * size
+  state = tl.load(
+    states + place + hs[:, None] * size + ms[None, :],
+    mask=state_mask,
+    other=0.0,
+  )
+  cums = tl.load(cum + per_token)
+  scores = tl.dot(Cs, tl.trans(Bs))
+  seen = q[:, None] >= q[None, :]
+  if has_runs:
+    run = tl.load(runs + batch * chunks * Q + t)
+    seen = seen & (run[:, None] == run[None, :])
+  exponents = tl.where(seen, cums[:, None] - cums[None, :], float("-inf"))
+  weights = scores * tl.exp2(exponents * LOG2_E)
+  weights *= tl.load(dt + per_token)[None, :]
+  out = tl.dot(Cs, tl.trans(state)) * tl.load(start + per_token)[:, None]
+  out = tl.dot(weights.to(low), xs, acc=out)
+  if has_D:
+    out += tl.load(D + head) * xs.to(tl.float32)
+  tl.store(
+    y + first + t[:, None] * (heads * width) + hs[None, :],
+    out.to(low),
+    mask=here[:, None] & (hs < width)[None, :],
+  )
+
+
+@triton.jit
 def state_gradients(
   C,
   start,
