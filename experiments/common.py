@@ -204,6 +204,15 @@ def config() -> TrainConfig:
   Raises:
     UserError: no --config, or a config that cannot be read.
   """
+  return config_lib.read_config(config_values())
+
+
+def config_values() -> ConfigDict:
+  """The same as the file gives it, for a script whose configs are its own.
+
+  Raises:
+    UserError: no --config.
+  """
   if _CONFIG.value is None:
     raise UserError(
       "--config is missing; e.g. --config=configs/falcon_h1.py:demo"
@@ -211,7 +220,7 @@ def config() -> TrainConfig:
   values = _CONFIG.value.copy_and_resolve_references()
   if _SEED.value is not None:
     values.seed = _SEED.value
-  return config_lib.read_config(values)
+  return values
 
 
 def has_config() -> bool:
@@ -251,6 +260,7 @@ def load_model(path: str, mesh: Any = None, dtype: Any = None) -> Any:
 
   Returns:
     (model, params, tokenizer); the averaged parameters, where a run kept them.
+    tokenizer is None for a model that reads no text.
 
   Raises:
     UserError: nothing there, or it cannot be read.
@@ -264,6 +274,8 @@ def load_model(path: str, mesh: Any = None, dtype: Any = None) -> Any:
     model, params = checkpoints.from_pretrained(
       path, mesh=mesh, compute_dtype=dtype
     )
+    if not hasattr(model, "vocab_size"):
+      return model, params, None
     file = os.path.join(path, "tokenizer.json")
     name = file if os.path.isfile(file) else "byte"
     return model, params, tokenizers.load(name)
@@ -271,4 +283,8 @@ def load_model(path: str, mesh: Any = None, dtype: Any = None) -> Any:
   model, params = run_lib.load_params(found, path, mesh=mesh)
   if dtype is not None:
     model = model.clone(dtype=jnp.dtype(dtype))
-  return model, params, tokenizers.load(found.data.tokenizer)
+  if not hasattr(found.data, "tokenizer"):
+    return model, params, None
+  settings = {n: getattr(found.data, n, None) for n in ("bos", "eos")}
+  spec = str(checkpoints.locate(found.data.tokenizer))
+  return model, params, tokenizers.load(spec, **settings)

@@ -9,7 +9,12 @@ import flax.linen as nn
 from multihead.errors import UserError, nearest
 
 # Name -> the class in multihead.models.<name>, imported when asked for.
-_MODELS = {"falcon_h1": "FalconH1"}
+_MODELS = {
+  "bert": "Bert",
+  "falcon_h1": "FalconH1",
+  "vit": "ViT",
+  "icl_gd": "ICLGD",
+}
 
 
 def list(pattern: str | None = None) -> tuple[str, ...]:
