@@ -1,6 +1,7 @@
 """The keys that every training config has, with their defaults."""
 
 import difflib
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -46,6 +47,21 @@ def training() -> ConfigDict:
         "eps": 1e-8,
         "clip_norm": 1.0,
       },
+      "adapter": {
+        "base": config_dict.placeholder(str),
+        "targets": config_dict.placeholder(str),
+        "trained": config_dict.placeholder(str),
+        "r_par": 0,
+        "r_seq": 0,
+        "r_pre": 0,
+        "scale": 1.0,
+        "scaling": "constant",
+        "learn_scale": False,
+        "bias": False,
+        "dropout": 0.0,
+        "init": "kaiming_uniform",
+        "fingerprint": config_dict.placeholder(str),
+      },
       "checkpoint": {"every_steps": 500, "keep": 3},
       "eval": {
         "every_steps": 0,
@@ -69,6 +85,56 @@ def model(name: str, **fields: type) -> ConfigDict:
   keys = {"variant": str, "multipliers": str, **fields}
   unset = {key: config_dict.placeholder(kind) for key, kind in keys.items()}
   return ConfigDict({"name": name, **unset})
+
+
+def image_data(**values: Any) -> ConfigDict:
+  """The data section of task image_classification, some keys changed.
+
+  What they mean: multihead/tasks/classification.py.
+
+  Args:
+    **values: keys with their values.
+  """
+  keys = {
+    "path": config_dict.placeholder(str),
+    "validation_fraction": 0.2,
+    "split_seed": 0,
+    "classes": "",
+    "train_per_class": 0,
+    "normalise": "half",
+    "centre_crop": 0.0,
+    "random_crop": 0.0,
+    "shift": 0,
+    "flip": False,
+    "mixup": 0.0,
+    "label_smoothing": 0.0,
+    "prefetch": 2,
+  }
+  data = ConfigDict(keys)
+  data.update(values)
+  return data
+
+
+def text_data(**values: Any) -> ConfigDict:
+  """The same of task text_classification."""
+  keys = {
+    "path": config_dict.placeholder(str),
+    "text_field": "text",
+    "pair_field": config_dict.placeholder(str),
+    "label_field": "label",
+    "tokenizer": "byte",
+    "bos": config_dict.placeholder(str),
+    "eos": config_dict.placeholder(str),
+    "validation_fraction": 0.2,
+    "split_seed": 0,
+    "classes": "",
+    "train_per_class": 0,
+    "label_smoothing": 0.0,
+    "prefetch": 2,
+  }
+  data = ConfigDict(keys)
+  data.update(values)
+  return data
 
 
 def unknown_variant(variant: str, allowed: tuple[str, ...]) -> ValueError:

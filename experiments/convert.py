@@ -4,12 +4,14 @@ r"""Converts weights between training runs and Hugging Face directories.
   python -m experiments.convert --checkpoint=DIRECTORY --workdir=RUN \
     --config=configs/falcon_h1.py:0.5b --check
 
-The first writes the weights of a run for `transformers` and others to load.
-The second makes a run that starts from the weights of the directory; train it
-further with `experiments.train` and the same config and workdir. --check loads
-the directory in transformers and compares the logits.
+The first writes the weights of a run for `transformers` and others to load, or
+for timm (--format=timm). The second makes a run that starts from the weights of
+the directory; train it further with `experiments.train` and the same config and
+workdir. --check loads the directory there and compares the logits.
 """
 
+import importlib
+import json
 import os
 import pathlib
 
@@ -39,10 +41,18 @@ _DTYPE = flags.DEFINE_enum(
   ["float32", "bfloat16", "float16"],
   "Of the weights in --output; that of the run if unset.",
 )
+_FORMAT = flags.DEFINE_enum(
+  "format",
+  None,
+  ["transformers", "timm"],
+  "Of the directory in --output; if unset, the first that has the model.",
+)
 _CHECK = flags.DEFINE_bool(
-  "check", False, "Compare the logits with those of transformers."
+  "check", False, "Compare the logits with those of transformers or timm."
 )
 
+# Ends of the names of fields that say how to train, not what is computed.
+_TRAINING_ONLY = ("_rate", "dropout", "_dropout_prob")
 # Of the largest logit; float32 on both sides, in different orders of summation.
 _TOLERANCE = 1e-4
 
@@ -69,20 +79,19 @@ def _write_directory() -> tuple:
   if output.exists() and any(output.iterdir()):
     raise UserError(f"--output={output} is not empty; give a new directory")
   model, params, tokenizer = common.load_model(workdir)
-  has_file = tokenizer.name != "byte"
-  files = os.path.dirname(tokenizer.name) if has_file else None
-  checkpoints.save_pretrained(
-    output,
-    model,
-    params,
-    dtype=_DTYPE.value,
-    special_tokens=checkpoints.SpecialTokens(
+  text = {}
+  has_file = tokenizer is not None and tokenizer.name != "byte"
+  if tokenizer is not None:
+    text["special_tokens"] = checkpoints.SpecialTokens(
       bos=tokenizer.bos_id, eos=(tokenizer.eos_id,)
-    ),
-    tokenizer_files=files,
+    )
+  if has_file:
+    text["tokenizer_files"] = os.path.dirname(tokenizer.name)
+  checkpoints.save_pretrained(
+    output, model, params, dtype=_DTYPE.value, format=_FORMAT.value, **text
   )
   common.say(f"wrote {output}")
-  if not has_file:
+  if tokenizer is not None and not has_file:
     common.say(
       f"it has no tokenizer: ids 0 to 255 are bytes, {tokenizer.bos_id} begins "
       f"a text and {tokenizer.eos_id} ends it"
@@ -129,6 +138,7 @@ def _compare_models(found, wanted) -> None:
     f"{name} is {theirs} there and {ours} in the config"
     for name, theirs in snapshots.architecture(found).items()
     if name != "dtype"
+    and not name.endswith(_TRAINING_ONLY)
     and theirs != (ours := snapshots.architecture(wanted).get(name))
   ]
   if differ:
@@ -138,42 +148,76 @@ def _compare_models(found, wanted) -> None:
 
 
 def _check(directory: str | pathlib.Path, model, params) -> int:
-  """Compares with transformers; returns the exit code."""
+  """Compares with transformers or timm; returns the exit code."""
   try:
     import torch
-    import transformers
-  except ImportError as error:
+  except ImportError:
     raise UserError(
-      f"--check needs {error.name}: pip install 'multihead[parity]'"
+      "--check needs torch: pip install 'multihead[parity]'"
     ) from None
-  transformers.logging.set_verbosity_error()
-  transformers.logging.disable_progress_bar()
   # What is compared is the arithmetic, so both sides are in float32.
   model = model.clone(dtype=jnp.float32)
   if _DTYPE.value is not None:
     stored = jnp.dtype(_DTYPE.value)
     params = jax.tree.map(lambda x: x.astype(stored), params)
   params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-  rng = np.random.default_rng(0)
-  length = min(150, model.max_position_embeddings)
-  tokens = rng.integers(0, model.vocab_size, (2, length))
-  ours = np.asarray(jax.jit(model.apply)({"params": params}, tokens))
-  net = transformers.AutoModelForCausalLM.from_pretrained(
-    directory, dtype=torch.float32
-  ).eval()
+  inputs, unit = _inputs(model)
+  ours = np.asarray(jax.jit(model.apply)({"params": params}, inputs))
+  net, name = _reference(pathlib.Path(directory), model)
   with torch.inference_mode():
-    theirs = net(input_ids=torch.from_numpy(tokens)).logits.numpy()
+    if unit == "images":
+      inputs = inputs.transpose(0, 3, 1, 2)
+    out = net.eval()(torch.from_numpy(inputs))
+  theirs = getattr(out, "logits", out)
+  if hasattr(theirs, "last_hidden_state"):
+    theirs = theirs.last_hidden_state
+    theirs = theirs[:, 0] if unit == "images" else theirs
+  theirs = theirs.numpy()
   error = np.abs(ours - theirs).max() / np.abs(theirs).max()
   same = (ours.argmax(-1) == theirs.argmax(-1)).mean()
   common.say(
-    f"transformers {transformers.__version__}: largest difference of logits "
-    f"{error:.2e} of the largest logit; the likeliest token is the same at "
-    f"{same:.2%} of {tokens.size} positions"
+    f"{name}: largest difference of logits {error:.2e} of the largest logit; "
+    f"the likeliest output is the same at {same:.2%} of {theirs[..., 0].size} "
+    f"{unit}"
   )
   if error <= _TOLERANCE:
     return 0
   common.say(f"that is more than {_TOLERANCE:.0e}: the conversion is wrong")
   return 1
+
+
+def _inputs(model) -> tuple[np.ndarray, str]:
+  """What both sides read, and what an output belongs to."""
+  rng = np.random.default_rng(0)
+  if hasattr(model, "image_shape"):
+    shape = (8, *model.image_shape, model.in_chans)
+    return rng.normal(size=shape).astype(np.float32), "images"
+  length = min(150, getattr(model, "max_length", model.max_position_embeddings))
+  # Low ids may be special: a padding id counts no position in RoBERTa.
+  low = min(5, model.vocab_size - 1)
+  tokens = rng.integers(low, model.vocab_size, (2, length))
+  causal = hasattr(model, "init_cache")
+  texts = not causal and model.num_labels
+  return tokens, "texts" if texts else "positions"
+
+
+def _reference(directory: pathlib.Path, model) -> tuple:
+  """The directory's model in the library that its format is of."""
+  config = json.loads((directory / "config.json").read_text("utf-8"))
+  library = "timm" if "architecture" in config else "transformers"
+  try:
+    package = importlib.import_module(library)
+  except ImportError as error:
+    raise UserError(
+      f"--check needs {error.name}: pip install 'multihead[parity]'"
+    ) from None
+  name = f"{library} {package.__version__}"
+  if library == "timm":
+    return package.create_model(f"local-dir:{directory}", pretrained=True), name
+  package.logging.set_verbosity_error()
+  package.logging.disable_progress_bar()
+  cls = getattr(package, config["architectures"][0])
+  return cls.from_pretrained(directory, dtype="float32"), name
 
 
 if __name__ == "__main__":

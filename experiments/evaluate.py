@@ -1,10 +1,11 @@
-r"""Evaluates a model on the validation text, beside gzip and Markov models.
+r"""Evaluates a model on its validation split, beside simple methods.
 
   python -m experiments.evaluate --workdir=/tmp/falcon
   python -m experiments.evaluate --checkpoint=Falcon-H1-0.5B-Base \
     --config=configs/falcon_h1.py:0.5b --config.sequence_length=2048
 
-Bits per byte compare models of any tokenizer. The result is printed as a table
+Of a language model these are gzip and Markov models; bits per byte compare
+models of any tokenizer. The result is printed as a table
 and written to <workdir>/evaluation.json, or to --output.
 """
 
@@ -67,7 +68,9 @@ def _from_workdir(workdir: str) -> tuple[run_lib.Run, object]:
   else:
     config = config_lib.read_json(os.path.join(workdir, "config.json"))
   config = _here(config)
-  run = run_lib.prepare(config)
+  # An adapter comes merged into its base's weights: the task is the plain one.
+  plain = dataclasses.replace(config, adapter=config_lib.AdapterConfig())
+  run = run_lib.prepare(plain)
   _, params = run_lib.load_params(config, workdir, run.mesh)
   return run, params
 
@@ -86,7 +89,8 @@ def _from_directory(path: str) -> tuple[run_lib.Run, object]:
       f"{longest} positions of the model in {path}"
     )
   data = config.data
-  if tokenizer.name != "byte" and data.tokenizer == "byte":
+  reads_text = tokenizer is not None and hasattr(data, "tokenizer")
+  if reads_text and tokenizer.name != "byte" and data.tokenizer == "byte":
     data = dataclasses.replace(data, tokenizer=tokenizer.name)
   task = tasks.create(
     config.task,

@@ -70,6 +70,11 @@ def main() -> None:
   mesh = _mesh()
   path = _CHECKPOINT.value or common.workdir()
   model, params, tokenizer = common.load_model(path, mesh, _DTYPE.value)
+  if not hasattr(model, "init_cache"):
+    raise UserError(
+      f"{path} holds a {type(model).__name__}, which makes no text; "
+      "experiments.evaluate scores it"
+    )
   ids = list(tokenizer.encode(prompt))
   eos = tokenizer.eos_id
   if _CHECKPOINT.value is None:

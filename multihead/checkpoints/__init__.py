@@ -1,5 +1,6 @@
 """Weights in and out of published formats; nothing is ever unpickled."""
 
+from multihead.checkpoints.installed import MINILM, locate
 from multihead.checkpoints.pretrained import (
   SpecialTokens,
   from_pretrained,
@@ -8,8 +9,10 @@ from multihead.checkpoints.pretrained import (
 )
 
 __all__ = [
+  "MINILM",
   "SpecialTokens",
   "from_pretrained",
+  "locate",
   "read_special_tokens",
   "save_pretrained",
 ]

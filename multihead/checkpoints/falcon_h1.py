@@ -5,17 +5,19 @@ projection and convolution (rows gate | x | B | C | dt, and x | B | C) are
 separate parameters here.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from multihead.checkpoints.config_reader import INFORMATIONAL, Reader
 from multihead.checkpoints.key_map import Entry
-from multihead.errors import UserError, nearest
+from multihead.errors import nearest
 from multihead.models import falcon_h1
 
 MODEL_TYPE = "falcon_h1"
 MODEL = falcon_h1.FalconH1
+FORMAT = "transformers"
+GENERATES = True
 _ARCHITECTURE = "FalconH1ForCausalLM"
 
 # Fields that the model has under the same name, with the default that a file
@@ -78,87 +80,10 @@ _FIXED = {
   "quantization_config": None,
   "is_encoder_decoder": False,
 }
-# Fields that change neither weights nor logits. dtype is among them: the
-# tensors say how they are stored.
-_INFORMATIONAL = frozenset(
-  "_attn_implementation_autoset _commit_hash _name_or_path "
-  "add_cross_attention attn_implementation chunk_size_feed_forward "
-  "cross_attention_hidden_size decoder_start_token_id dtype finetuning_task "
-  "id2label is_decoder label2id mlp_expansion_factor name_or_path "
-  "num_labels num_logits_to_keep output_attentions output_hidden_states "
-  "prefix problem_type pruned_heads return_dict sep_token_id "
-  "task_specific_params tf_legacy_loss tie_encoder_decoder "
-  "tie_last_hidden_states tokenizer_class torch_dtype torchscript "
-  "transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache "
-  # Settings of generation that older files keep here.
-  "bad_words_ids begin_suppress_tokens diversity_penalty do_sample "
-  "early_stopping encoder_no_repeat_ngram_size "
-  "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
-  "length_penalty max_length min_length no_repeat_ngram_size "
-  "num_beam_groups num_beams num_return_sequences output_scores "
-  "remove_invalid_values repetition_penalty return_dict_in_generate "
-  "suppress_tokens temperature top_k top_p typical_p".split()
-)
 KNOWN_FIELDS = frozenset(
   [*_INTEGERS, *_BOOLEANS, *_FLOATS, *_MULTIPLIERS, *_MULTIPLIER_LISTS,
-   *_DERIVED, *_FIXED, *_INFORMATIONAL]
+   *_DERIVED, *_FIXED, *INFORMATIONAL]
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-  """Typed access to the fields of one config.json."""
-
-  config: Mapping[str, Any]
-  source: str
-
-  def error(self, text: str) -> UserError:
-    return UserError(f"{self.source}: {text}")
-
-  def _typed(self, name: str, value: Any, allowed: str, ok: bool) -> Any:
-    if not ok:
-      raise self.error(f"{name} is {value!r}; it must be {allowed}.")
-    return value
-
-  def integer(self, name: str, default: int | None) -> int:
-    value = self.config.get(name, default)
-    ok = type(value) is int and value > 0
-    return self._typed(name, value, "a positive integer", ok)
-
-  def boolean(self, name: str, default: bool) -> bool:
-    value = self.config.get(name, default)
-    return self._typed(name, value, "true or false", type(value) is bool)
-
-  def number(self, name: str, value: Any) -> float:
-    """A float, also in the spellings of infinity that JSON lacks."""
-    given = value
-    if isinstance(value, Mapping) and value.keys() == {"__float__"}:
-      value = value["__float__"]
-    if isinstance(value, str):
-      try:
-        value = float(value)
-      except ValueError:
-        value = None
-    ok = type(value) in (int, float) and not math.isnan(value)
-    return float(self._typed(name, value if ok else given, "a number", ok))
-
-  def finite(self, name: str, default: float) -> float:
-    value = self.number(name, self.config.get(name, default))
-    return self._typed(name, value, "finite", math.isfinite(value))
-
-  def numbers(self, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    value = self.config.get(name)
-    value = default if value is None else value
-    ok = isinstance(value, (list, tuple)) and len(value) == len(default)
-    self._typed(name, value, f"a list of {len(default)} numbers", ok)
-    return tuple(self.number(name, v) for v in value)
-
-  def token_ids(self, name: str) -> None:
-    """Checks a token id, a list of them, or null."""
-    value = self.config.get(name)
-    ids = value if isinstance(value, list) else [value]
-    ok = all(v is None or type(v) is int for v in ids)
-    self._typed(name, value, "an integer, a list of them or null", ok)
 
 
 def model_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -173,20 +98,9 @@ def model_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
       another type, a value the model does not implement, or two fields that
       contradict each other.
   """
-  read = _Reader(config, source)
-  unknown = sorted(config.keys() - KNOWN_FIELDS)
-  if unknown:
-    names = ", ".join(f"{n!r}{nearest(n, KNOWN_FIELDS)}" for n in unknown)
-    raise read.error(
-      f"unknown field {names}. A field that is not read could change the "
-      "model silently; remove it if it says nothing about the model."
-    )
-  for name, allowed in _FIXED.items():
-    value = config.get(name, allowed)
-    if value is not None and value != allowed:
-      raise read.error(
-        f"{name} is {value!r}; the model implements {allowed!r} only."
-      )
+  read = Reader(config, source)
+  read.refuse_unknown(KNOWN_FIELDS)
+  read.check_fixed(_FIXED)
   architectures = config.get("architectures") or [_ARCHITECTURE]
   if architectures != [_ARCHITECTURE]:
     raise read.error(
@@ -211,7 +125,7 @@ def model_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
   return fields
 
 
-def _multipliers(read: _Reader) -> falcon_h1.Multipliers:
+def _multipliers(read: Reader) -> falcon_h1.Multipliers:
   values = {ours: read.finite(name, 1.0) for name, ours in _MULTIPLIERS.items()}
   mlp = read.numbers("mlp_multipliers", (1.0,) * 2)
   values |= dict(zip(_MULTIPLIER_LISTS["mlp_multipliers"], mlp, strict=True))
@@ -219,7 +133,7 @@ def _multipliers(read: _Reader) -> falcon_h1.Multipliers:
   return falcon_h1.Multipliers(**values, ssm=ssm)
 
 
-def _attention_heads(read: _Reader, fields: Mapping[str, Any]) -> dict:
+def _attention_heads(read: Reader, fields: Mapping[str, Any]) -> dict:
   heads = fields["num_attention_heads"]
   kv_heads, head_dim = heads, None
   if read.config.get("num_key_value_heads", 8) is not None:
@@ -237,7 +151,7 @@ def _attention_heads(read: _Reader, fields: Mapping[str, Any]) -> dict:
   return {"num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
-def _ssm_heads(read: _Reader, fields: Mapping[str, Any]) -> dict:
+def _ssm_heads(read: Reader, fields: Mapping[str, Any]) -> dict:
   heads, groups = fields["mamba_n_heads"], fields["mamba_n_groups"]
   if read.config.get("mamba_d_ssm", 1024) is None:
     expand = read.integer("mamba_expand", 2)
@@ -264,7 +178,7 @@ def _ssm_heads(read: _Reader, fields: Mapping[str, Any]) -> dict:
   return {"mamba_d_head": head_dim}
 
 
-def _rope_theta(read: _Reader) -> float:
+def _rope_theta(read: Reader) -> float:
   """The rotary base, from either spelling; there is no default for it."""
   config = read.config
   stated = {}
@@ -310,7 +224,7 @@ def _rope_theta(read: _Reader) -> float:
   return theta
 
 
-def _time_step_limit(read: _Reader) -> tuple[float, float]:
+def _time_step_limit(read: Reader) -> tuple[float, float]:
   low, high = read.numbers("time_step_limit", (0.0, math.inf))
   if not 0 <= low < high:
     raise read.error(
@@ -355,6 +269,18 @@ def hub_config(model: falcon_h1.FalconH1) -> dict[str, Any]:
       for value in limit
     ]
   return config
+
+
+def stored_name(model: falcon_h1.FalconH1, name: str) -> str:
+  """The name in `key_map` of a stored tensor: as it is."""
+  del model
+  return name
+
+
+def unsupported(model: falcon_h1.FalconH1) -> str | None:
+  """Why the model cannot be written: it always can."""
+  del model
+  return None
 
 
 def tied_copies(model: falcon_h1.FalconH1) -> dict[str, str]:

@@ -36,7 +36,11 @@ from multihead.errors import UserError
 from multihead.parallel import sharding as sharding_lib
 
 # Buffers that some exporters keep; the config determines them.
-_DERIVED = (".rotary_emb.inv_freq", ".mamba.mup_vector")
+_DERIVED = (
+  ".rotary_emb.inv_freq",
+  ".mamba.mup_vector",
+  "embeddings.position_ids",
+)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -76,6 +80,7 @@ def load_params(
   dtype: np.dtype | None = None,
   mesh: Mesh | None = None,
   copies: Mapping[str, str] | None = None,
+  rename: Callable[[str], str | None] = str,
 ) -> Any:
   """Reads a directory's safetensors into a parameter tree of the model.
 
@@ -87,6 +92,7 @@ def load_params(
     mesh: each device reads its own shard; None puts all on the default device.
     copies: stored names that may be there as copies of another stored tensor
       (tied weights); they are compared and dropped.
+    rename: a stored name to that in the key map; None drops the tensor.
 
   Returns:
     The parameters. In host memory there is never more than one parameter's
@@ -104,9 +110,9 @@ def load_params(
   }
   tensors = resolve(entries, shapes, model.num_hidden_layers)
   stored = {
-    name: tensor
+    rename(name): tensor
     for name, tensor in read_directory(path).items()
-    if not name.endswith(_DERIVED)
+    if not name.endswith(_DERIVED) and rename(name) is not None
   }
   dropped = {
     name: stored.pop(name)
@@ -114,7 +120,8 @@ def load_params(
     if name in stored and original in stored
   }
   hint = ""
-  if "lm_head.weight" not in stored and not copies:
+  names = {tensor.name for tensor in tensors}
+  if "lm_head.weight" in names - stored.keys() and not copies:
     hint = " A checkpoint without lm_head needs tie_word_embeddings true."
   check_names(
     path,

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-Layout = Literal["matrix", "vector", "linear", "conv"]
+Layout = Literal["matrix", "vector", "linear", "conv", "conv2d"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +17,11 @@ class Entry:
   Attributes:
     name: name of the stored tensor; `{layer}` stands for the layer's number.
     paths: our parameters, joined along the first axis of the stored tensor.
-      A path under `layers/` is one layer's part of the stack.
+      Where the name has `{layer}`, the first part of the path is the stack.
     layout: how one parameter is stored. `matrix`: as it is. `vector`: all axes
       flattened. `linear`: [inputs, outputs] stored as [outputs, inputs].
-      `conv`: [W, channels] stored as [channels, 1, W].
+      `conv`: [W, channels] stored as [channels, 1, W]. `conv2d`: [height,
+      width, inputs, outputs] stored as [outputs, inputs, height, width].
     inputs: number of leading axes of a `linear` kernel that are its input.
   """
 
@@ -41,6 +42,8 @@ class Entry:
         return every[self.inputs :], every[: self.inputs]
       case "conv":
         return every[1:], (), every[:1]
+      case "conv2d":
+        return (3,), (2,), (0,), (1,)
 
   def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The stored shape of one of our parameters of this shape."""
@@ -122,14 +125,15 @@ def resolve(
       return Part(path, None, shapes[path])
     if path in shapes:
       return Part(path, layer, shapes[path][1:])
-    path = path.replace("layers/", f"layers_{layer}/", 1)
+    stack, _, rest = path.partition("/")
+    path = f"{stack}_{layer}/{rest}"
     return Part(path, None, shapes[path])
 
   def tensor(entry: Entry, layer: int | None) -> Tensor:
     parts = tuple(part(path, layer) for path in entry.paths)
     return Tensor(entry.name.format(layer=layer), entry, parts)
 
-  per_layer = [e for e in entries if e.paths[0].startswith("layers/")]
+  per_layer = [e for e in entries if "{layer}" in e.name]
   tensors = [tensor(e, None) for e in entries if e not in per_layer]
   tensors += [tensor(e, i) for i in range(layers) for e in per_layer]
   covered = {part.path for t in tensors for part in t.parts}

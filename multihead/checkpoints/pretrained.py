@@ -1,6 +1,7 @@
 """Hugging Face checkpoint directories, read and written for every family."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import logging
@@ -12,17 +13,26 @@ from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from multihead import models
-from multihead.checkpoints import hub_format
+from multihead.checkpoints import hub_format, installed
 from multihead.errors import UserError, nearest
 from multihead.parallel import sharding
 
-# model_type in config.json, and module of multihead.checkpoints.
-_FAMILIES = ("falcon_h1",)
+# model_type in config.json -> module of multihead.checkpoints.
+_FAMILIES = {
+  "bert": "bert",
+  "deit": "vit",
+  "falcon_h1": "falcon_h1",
+  "roberta": "bert",
+  "vit": "vit",
+}
+# Modules for timm's directories, whose config.json has an `architecture`.
+_TIMM_FAMILIES = ("timm_vit",)
 _Path = str | os.PathLike
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -64,8 +74,29 @@ class SpecialTokens:
     }
 
 
-def _family(model_type: str) -> ModuleType:
-  return importlib.import_module(f"multihead.checkpoints.{model_type}")
+def _module(name: str) -> ModuleType:
+  return importlib.import_module(f"multihead.checkpoints.{name}")
+
+
+def _family(config: dict[str, Any], source: str) -> ModuleType:
+  """The module for a config.json."""
+  model_type = config.get("model_type")
+  if model_type is None and isinstance(config.get("architecture"), str):
+    architecture = config["architecture"]
+    for module in map(_module, _TIMM_FAMILIES):
+      if module.handles(architecture):
+        return module
+    raise UserError(
+      f"{source}: architecture is {architecture!r}; of timm's models, variants "
+      "of vit, deit and flexivit are supported."
+    )
+  if model_type not in _FAMILIES:
+    raise UserError(
+      f"{source}: model_type is {model_type!r}"
+      f"{nearest(str(model_type), _FAMILIES)}; supported: "
+      f"{', '.join(_FAMILIES)}."
+    )
+  return _module(_FAMILIES[model_type])
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -90,13 +121,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
       f"{path}: no config.json, so not a complete checkpoint directory."
     )
   config = _read_json(path / "config.json")
-  model_type = config.get("model_type")
-  if model_type not in _FAMILIES:
-    raise UserError(
-      f"{path / 'config.json'}: model_type is {model_type!r}"
-      f"{nearest(str(model_type), _FAMILIES)}; supported: "
-      f"{', '.join(_FAMILIES)}."
-    )
+  _family(config, str(path / "config.json"))
   return config
 
 
@@ -121,7 +146,7 @@ def from_pretrained(
   compute_dtype: Any = None,
   **overrides: Any,
 ) -> tuple[nn.Module, Any]:
-  """Loads a Hugging Face directory: config.json and safetensors.
+  """Loads a Hugging Face or timm directory: config.json and safetensors.
 
   The weights are memory-mapped and every device reads its own shard; the host
   never holds more than the shards of one parameter, and what of them is being
@@ -129,16 +154,17 @@ def from_pretrained(
 
   Args:
     path: the directory, with model.safetensors or with
-      model.safetensors.index.json and the files it names.
+      model.safetensors.index.json and the files it names; or one inside an
+      installed package, written `package:NAME/FOLDER` (see `installed`).
     dtype: of the parameters; None keeps every tensor as it is stored.
     mesh: where the parameters go, by their logical axes; None puts them on the
       default device.
     compute_dtype: the model's `dtype`, that of activations and matrix
-      products; by default `dtype`, or the stored dtype of the embeddings.
+      products; by default `dtype`, or the dtype that the weights are stored in.
     **overrides: further fields of the model, e.g. `scan_layers=False`.
 
   Returns:
-    (model, params), for `model.apply({"params": params}, tokens)`.
+    (model, params), for `model.apply({"params": params}, tokens)` (or images).
 
   Raises:
     UserError: no such directory; an unknown, unsupported or contradictory
@@ -146,9 +172,9 @@ def from_pretrained(
       pickled weights only; an unknown override.
   """
   began = time.perf_counter()
-  path = pathlib.Path(path)
+  path = installed.locate(path)
   config = _read_config(path)
-  family = _family(config["model_type"])
+  family = _family(config, str(path / "config.json"))
   if dtype is not None:
     dtype = _float_dtype(dtype, "dtype")
   if compute_dtype is not None:
@@ -162,8 +188,9 @@ def from_pretrained(
     dtype=dtype,
     mesh=mesh,
     copies=family.tied_copies(model),
+    rename=functools.partial(family.stored_name, model),
   )
-  stored = params["embed"]["embedding"].dtype
+  stored = jax.tree.leaves(params)[0].dtype
   types = {"param_dtype": stored, "dtype": compute_dtype or stored}
   model = model.clone(**{k: v for k, v in types.items() if k not in overrides})
   logging.info(
@@ -183,7 +210,7 @@ def read_special_tokens(path: _Path) -> SpecialTokens:
   Raises:
     UserError: no such directory, or ids that are not integers.
   """
-  path = pathlib.Path(path)
+  path = installed.locate(path)
   ids = _read_config(path)
   generation = path / "generation_config.json"
   if generation.is_file():
@@ -219,8 +246,9 @@ def save_pretrained(
   max_shard_size: int = 5 * 10**9,
   special_tokens: SpecialTokens = SpecialTokens(),
   tokenizer_files: _Path | Iterable[_Path] | None = None,
+  format: str | None = None,
 ) -> None:
-  """Writes a directory that `transformers` and `from_pretrained` load.
+  """Writes a directory that `transformers` or timm, and `from_pretrained` load.
 
   In a job of several processes, all of them call this with the same path on a
   file system they share; the first one writes.
@@ -239,18 +267,14 @@ def save_pretrained(
     special_tokens: ids to write into config.json; without them, none.
     tokenizer_files: a directory whose tokenizer files are copied, or a list of
       files.
+    format: "transformers" or "timm"; None: the first of these that has the
+      model.
 
   Raises:
     UserError: no such format for this model, parameters of another model or
       of a dtype that is not float, or tokenizer files that are not there.
   """
-  families = [_family(name) for name in _FAMILIES]
-  family = next((f for f in families if isinstance(model, f.MODEL)), None)
-  if family is None:
-    raise UserError(
-      f"a {type(model).__name__} has no Hugging Face format here; supported: "
-      f"{', '.join(f.MODEL.__name__ for f in families)}."
-    )
+  family = writer(model, format)
   if max_shard_size <= 0:
     raise UserError(f"max_shard_size={max_shard_size} must be positive.")
   if dtype is not None:
@@ -260,23 +284,53 @@ def save_pretrained(
   tensors = hub_format.tensors_to_write(
     model, params, family.key_map(model), dtype
   )
-  stored = tensors[0].dtype.name
-  ids = special_tokens.to_config()
+  config = family.hub_config(model)
+  documents = {"config.json": config}
+  if family.FORMAT == "transformers":
+    stored = tensors[0].dtype.name
+    config |= {"dtype": stored, "torch_dtype": stored}
+  if hasattr(model, "vocab_size"):
+    ids = special_tokens.to_config()
+    # Where none is given, the family's own: RoBERTa counts from its padding.
+    ids = {n: config.get(n) if v is None else v for n, v in ids.items()}
+    config |= ids
+    if family.GENERATES:
+      generation = {"_from_model_config": True, **ids}
+      documents["generation_config.json"] = generation
   hub_format.write_directory(
     path,
     tensors,
-    {
-      "config.json": {
-        **family.hub_config(model),
-        **ids,
-        "dtype": stored,
-        "torch_dtype": stored,
-      },
-      "generation_config.json": {"_from_model_config": True, **ids},
-    },
+    documents,
     max_shard_size=max_shard_size,
     files=files,
   )
+
+
+def writer(model: nn.Module, format: str | None) -> ModuleType:
+  """The module that writes a model."""
+  names = [*dict.fromkeys(_FAMILIES.values()), *_TIMM_FAMILIES]
+  modules = [_module(name) for name in names]
+  mine = [m for m in modules if isinstance(model, m.MODEL)]
+  if not mine:
+    supported = dict.fromkeys(m.MODEL.__name__ for m in modules)
+    raise UserError(
+      f"a {type(model).__name__} has no Hugging Face format here; supported: "
+      f"{', '.join(supported)}."
+    )
+  formats = {m.FORMAT: m for m in mine}
+  if format is not None and format not in formats:
+    raise UserError(
+      f"format={format!r}; a {type(model).__name__} is written as "
+      f"{' or '.join(formats)}."
+    )
+  reasons = []
+  for name, module in formats.items():
+    if format in (None, name):
+      reason = module.unsupported(model)
+      if reason is None:
+        return module
+      reasons.append(f"{name}: {reason}")
+  raise UserError(f"this model cannot be written; {'; '.join(reasons)}.")
 
 
 def _tokenizer_files(

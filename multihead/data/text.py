@@ -27,7 +27,7 @@ import grain
 import numpy as np
 from absl import logging
 
-from multihead.data import splits, tokenizers
+from multihead.data import order, splits, tokenizers
 from multihead.data.sources import Document
 from multihead.data.tokenizers import Tokenizer
 from multihead.errors import UserError, nearest
@@ -183,11 +183,7 @@ class Windows:
     return self._make(records)
 
   def _make_order(self, epoch: int) -> np.ndarray:
-    # Sorting a bit generator's raw output, whose stream numpy promises to keep,
-    # unlike that of Generator.permutation: a resumed run may have another
-    # numpy.
-    bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
-    return np.argsort(bits.random_raw(self.num_records), kind="stable")
+    return order.epoch_order(self._seed, epoch, self.num_records)
 
   def _make(self, records: np.ndarray) -> Batch:
     """The windows of these records [b]; record -1 is a row of padding."""

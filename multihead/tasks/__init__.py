@@ -24,9 +24,17 @@ from typing import Any
 import flax.linen as nn
 
 from multihead.errors import UserError, nearest
+from multihead.tasks.classification import (
+  ImageClassification,
+  TextClassification,
+)
 from multihead.tasks.language_modelling import LanguageModelling
 
-TASKS: dict[str, type] = {"language_modelling": LanguageModelling}
+TASKS: dict[str, type] = {
+  "image_classification": ImageClassification,
+  "language_modelling": LanguageModelling,
+  "text_classification": TextClassification,
+}
 
 
 def create(name: str, model: nn.Module, data: Any, **settings: Any) -> Any:
@@ -49,4 +57,10 @@ def create(name: str, model: nn.Module, data: Any, **settings: Any) -> Any:
   return TASKS[name].create(model, data, **settings)
 
 
-__all__ = ["TASKS", "LanguageModelling", "create"]
+__all__ = [
+  "TASKS",
+  "ImageClassification",
+  "LanguageModelling",
+  "TextClassification",
+  "create",
+]

@@ -94,15 +94,15 @@ def assert_mistakes(folder, cases):
 
 
 @functools.cache
-def tiny_config():
+def tiny_config(spec=TINY):
   """The smallest training config."""
   os.chdir(ROOT)
-  return config_lib.read_config(common.load_config_file(TINY))
+  return config_lib.read_config(common.load_config_file(spec))
 
 
-def make_run(workdir):
+def make_run(workdir, spec=TINY):
   """Leaves in workdir what an interrupted training leaves; returns params."""
-  config = tiny_config()
+  config = tiny_config(spec)
   run = run_lib.prepare(config, devices=jax.devices()[:1])
   state = state_lib.init_state(
     run.task.init_params,

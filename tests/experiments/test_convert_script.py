@@ -1,5 +1,6 @@
 """`experiments.convert` from the outside."""
 
+import importlib.util
 import os
 
 import jax
@@ -95,6 +96,62 @@ def test_a_check_without_transformers_says_what_to_install(run, tmp_path):
   )
   assert code == 2
   assert "pip install 'multihead[parity]'" in err
+
+
+ENCODERS = {
+  "vit": ("configs/vit.py:tiny", ("transformers", "timm")),
+  "bert": ("configs/bert.py:tiny", ("transformers",)),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_there_and_back(name, tmp_path):
+  spec, formats = ENCODERS[name]
+  model, params = make_run(tmp_path / "run", spec)
+  cases = []
+  for layout in formats:
+    hub, new = tmp_path / layout, tmp_path / f"{layout}_run"
+    run, config = f"--workdir={tmp_path}/run", f"--config={spec}"
+    cases += [
+      ("convert", run, f"--output={hub}", f"--format={layout}"),
+      ("convert", f"--checkpoint={hub}", f"--workdir={new}", config),
+    ]
+  for code, _, errors in run_scripts(tmp_path / "cases", *cases):
+    assert code == 0, errors
+  for layout in formats:
+    _, loaded = checkpoints.from_pretrained(tmp_path / layout)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    path = str(tmp_path / f"{layout}_run")
+    again, loaded, _ = common.load_model(path)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ENCODERS)
+def test_check_compares_encoders(name, tmp_path):
+  for package in ("transformers", "timm"):
+    if not importlib.util.find_spec(package):
+      pytest.skip(f"{package} is missing: pip install 'multihead[parity]'")
+  try:
+    importlib.import_module("torchvision")
+  except RuntimeError as error:
+    pytest.skip(f"torchvision was built for another torch: {error}")
+  spec, formats = ENCODERS[name]
+  make_run(tmp_path / "run", spec)
+  cases = [
+    (
+      "convert",
+      f"--workdir={tmp_path}/run",
+      f"--output={tmp_path}/{layout}",
+      f"--format={layout}",
+      "--check",
+    )
+    for layout in formats
+  ]
+  for code, out, errors in run_scripts(tmp_path / "cases", *cases):
+    assert code == 0, errors
+    assert "is the same at 100.00%" in out
 
 
 @pytest.mark.parity
