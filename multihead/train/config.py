@@ -91,6 +91,45 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+  r"""Training of a part, over a base that stays; see `adapters.Hydra`.
+
+  Attributes:
+    base: the workdir of a run, or a directory of weights, to begin with; None:
+      the model's initial values.
+    targets: names of the adapted maps, separated by commas; "all-linear"; or,
+      with any of the characters .*+?[](){}|^$\ in it, a regular expression for
+      their whole paths. None: no adapter.
+    trained: a regular expression for the beginning of the paths of parameters
+      that are trained in full, e.g. "head"; they begin as in the base where
+      their shapes agree. None: none.
+    r_par, r_seq, r_pre: ranks of the branches.
+    scale, scaling, learn_scale, bias, dropout, init: see `adapters.Hydra`.
+    fingerprint: of the frozen parameters, checked if it is given; a run writes
+      it into its config.json.
+  """
+
+  base: str | None = None
+  targets: str | None = None
+  trained: str | None = None
+  r_par: int = 0
+  r_seq: int = 0
+  r_pre: int = 0
+  scale: float = 1.0
+  scaling: str = "constant"
+  learn_scale: bool = False
+  bias: bool = False
+  dropout: float = 0.0
+  init: str = "kaiming_uniform"
+  fingerprint: str | None = None
+
+  @property
+  def active(self) -> bool:
+    """Whether only a part is trained."""
+    return self.targets is not None or self.trained is not None
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
   """How often checkpoints are written and how many are kept."""
 
@@ -151,11 +190,17 @@ class TrainConfig:
     default_factory=tasks.TASKS["language_modelling"].data_config
   )
   optimizer: OptimizerConfig = OptimizerConfig()
+  adapter: AdapterConfig = AdapterConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   eval: EvalConfig = EvalConfig()
 
   def __post_init__(self):
     _check_choice("task", self.task, tasks.TASKS)
+    if self.adapter.base is not None and not self.adapter.active:
+      raise UserError(
+        "config.adapter.base is given, but neither targets nor trained: nothing"
+        ' would be trained over it; trained="" trains all of it'
+      )
     _check_choice("dtype", self.dtype, DTYPES)
     _check_choice("remat", self.remat, REMAT)
     if self.model.multipliers is not None:

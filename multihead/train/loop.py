@@ -138,6 +138,7 @@ class _Loop:
       micro_batches=self.config.grad_accum_steps,
       batch_sharding=run.batch_sharding,
       ema_decay=self.config.ema_decay,
+      frozen=getattr(self.task, "frozen", None),
     )
     self.evaluate = make_evaluator(run)
     self.writer = None
@@ -232,6 +233,8 @@ class _Loop:
         temperature=self.config.eval.temperature,
         seed=self.config.seed,
       )
+    if hasattr(self.task, "export"):
+      self.task.export(self.workdir, self.state.eval_params)
     if self.main:
       path = os.path.join(self.workdir, writers.METRICS_FINAL)
       writers.write_json(path, {**final, **baselines})

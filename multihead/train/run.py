@@ -14,7 +14,7 @@ from multihead import tasks
 from multihead.errors import UserError
 from multihead.parallel import mesh as mesh_lib
 from multihead.parallel import sharding
-from multihead.train import batches, optimizers, state
+from multihead.train import adaptation, batches, optimizers, state
 from multihead.train.checkpoints import Checkpoints
 from multihead.train.config import TrainConfig, build_model
 
@@ -83,7 +83,9 @@ def prepare(
   task: Any = None,
   devices: list[jax.Device] | None = None,
 ) -> Run:
-  """Builds the mesh, the task and the shapes of the state; allocates nothing.
+  """Builds the mesh, the task and the shapes of the state.
+
+  Allocates nothing, but with `config.adapter` the base, which is loaded.
 
   Args:
     config: what to build.
@@ -112,6 +114,8 @@ def prepare(
       batch_size=config.batch_size,
       seed=config.seed,
     )
+    if config.adapter.active:
+      config, task = adaptation.adapt(config, task, mesh)
   abstract = state.abstract_state(
     task.abstract_params(), optimizer, ema=config.ema_decay > 0
   )
@@ -154,8 +158,28 @@ def load_params(
   model = build_model(config)
   if mesh is None:
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  if config.adapter.active:
+    return model, adaptation.load_merged(config, model, workdir, mesh)
   params = sharding.abstract_params(model)
   places = sharding.param_shardings(model, mesh)
+  return model, restore_params(config, workdir, params, places, mesh)
+
+
+def restore_params(
+  config: TrainConfig, workdir: str, params: Any, places: Any, mesh: Mesh
+) -> Any:
+  """What a run trained, from its newest checkpoint.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    params: shapes of what it trains.
+    places: a sharding for each.
+    mesh: that of the shardings.
+
+  Raises:
+    UserError: there is no checkpoint, or it is torn or of another model.
+  """
   everywhere = sharding.replicated(mesh)
   ema = config.ema_decay > 0
   target = state.place(
@@ -173,7 +197,7 @@ def load_params(
     found, _ = saved.restore(saved.latest_step(), target)
   finally:
     saved.close()
-  return model, found.eval_params
+  return found.eval_params
 
 
 def open_checkpoints(workdir: str) -> Checkpoints:
@@ -205,12 +229,15 @@ def make_evaluator(run: Run) -> Callable[[Any, int], dict[str, float]]:
   compute = jax.jit(
     run.task.eval_fn, out_shardings=sharding.replicated(run.mesh)
   )
+  # What a task keeps frozen is an argument, so that it is not compiled in.
+  frozen = getattr(run.task, "frozen", None)
+  extra = {} if frozen is None else {"frozen": frozen}
 
   def evaluate(params: Any, max_batches: int = 0) -> dict[str, float]:
     iterator = run.task.eval_iterator(*run.rows)
     sums = []
     for index, batch in enumerate(run.batches(iterator)):
-      sums.append(compute(params, batch))
+      sums.append(compute(params, batch, **extra))
       if index >= IN_FLIGHT:
         jax.block_until_ready(sums[index - IN_FLIGHT])
       if max_batches and index + 1 >= max_batches:

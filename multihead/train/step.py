@@ -1,5 +1,6 @@
 """The compiled training step: gradients, accumulation, guard, update."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,7 @@ class TrainStep:
     micro_batches: int = 1,
     batch_sharding: NamedSharding | None = None,
     ema_decay: float = 0.0,
+    frozen: Any = None,
   ):
     """Builds the step; compilation happens at its first call.
 
@@ -116,12 +118,20 @@ class TrainStep:
       micro_batches: gradient accumulation.
       batch_sharding: where batches live.
       ema_decay: decay of the average, where the state has one.
+      frozen: arrays that the loss takes as `frozen=` besides the parameters. An
+        argument of the program, so neither copied into it nor donated.
     """
+    self._frozen = frozen
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+      state: TrainState, batch: Batch, frozen: Any
+    ) -> tuple[TrainState, Metrics]:
       key = jax.random.wrap_key_data(state.rng)
+      loss = loss_fn
+      if frozen is not None:
+        loss = functools.partial(loss_fn, frozen=frozen)
       grads, metrics = gradients(
-        loss_fn,
+        loss,
         state.params,
         batch,
         jax.random.fold_in(key, state.step),
@@ -160,7 +170,7 @@ class TrainStep:
   def __call__(
     self, state: TrainState, batch: Batch
   ) -> tuple[TrainState, Metrics]:
-    return self._step(state, batch)
+    return self._step(state, batch, self._frozen)
 
   @property
   def compilations(self) -> int:
@@ -169,4 +179,4 @@ class TrainStep:
 
   def lower(self, state: TrainState, batch: Batch) -> Any:
     """The step lowered for these shapes, to look into its HLO."""
-    return self._step.lower(state, batch)
+    return self._step.lower(state, batch, self._frozen)

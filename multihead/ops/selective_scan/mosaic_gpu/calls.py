@@ -31,35 +31,44 @@ class Plan:
   """How a scan runs; None for what the shapes decide.
 
   Attributes:
-    chunk: tokens that a program loads at a time, where no gradient is taken.
-    gradient_chunk: the same where one is: states are kept at this distance.
+    chunk: tokens that a program loads at a time.
     parts: parts of T that run side by side.
+    gradient_chunk: `chunk` where a gradient is taken, for both passes: states
+      are kept at this distance.
+    gradient_parts: `parts` there.
     unroll: steps that are written out one after another.
+    exchange: whether sums over states are taken of four steps at once, which
+      costs fewer instructions, or of each, which takes less time to the result.
     interpret: what interprets the kernels on a CPU, or None.
   """
 
   chunk: int | None = None
-  gradient_chunk: int | None = None
   parts: int | None = None
+  gradient_chunk: int | None = None
+  gradient_parts: int | None = None
   unroll: int | None = None
+  exchange: bool | None = None
   interpret: Any = None
 
   def fill(self, batch, length, channels, size, dtype) -> "Plan":
     """The plan for these shapes."""
     small = size <= 16
-    chunk = self.chunk or (64 if small else 32)
     narrow = jnp.dtype(dtype).itemsize == 2
-    gradient_chunk = self.gradient_chunk or (32 if small and narrow else 16)
     programs = batch * channels // tile.CHANNELS
     cores = pallas_compat.cores()
-    parts = self.parts
-    if parts is None:
-      parts = 1
-      if programs < 0.75 * cores:
-        parts = max(1, min(3 * cores // programs, length // _SHORTEST_PART))
-    # With one program a core, nothing else hides the latency of a step.
-    unroll = self.unroll or (8 if small else tile.STEPS)
-    return Plan(chunk, gradient_chunk, parts, unroll, self.interpret)
+    most = max(1, min(3 * cores // programs, length // _SHORTEST_PART))
+    decided = Plan(
+      chunk=64 if small else 32,
+      # Half of the cores idle cost less than the exponentials of a second run.
+      parts=most if programs < cores / 2 else 1,
+      gradient_chunk=32 if small and narrow else 16,
+      gradient_parts=most if programs < 0.75 * cores else 1,
+      unroll=8 if small else tile.STEPS,
+      # With one program a core nothing hides the latency of a step.
+      exchange=programs > cores,
+    )
+    given = {k: v for k, v in vars(self).items() if v is not None}
+    return dataclasses.replace(decided, **given)
 
 
 def run(
@@ -155,6 +164,7 @@ class _Call:
       reverse=self.reverse != backwards,
       chunk=plan.gradient_chunk if gradient else plan.chunk,
       unroll=plan.unroll,
+      exchange=plan.exchange,
       interpret=plan.interpret,
     )
 
@@ -189,7 +199,7 @@ def _with_states_backward(call, residuals, cotangents):
 def _forward(call, arrays, *, gradient):
   u, delta, A, B, C, D, bias, keep, initial = arrays
   options = call.options(gradient=gradient)
-  cut = _Parts(call, options, u.shape)
+  cut = _Parts(call, options, u.shape, gradient=gradient)
   A2 = A * chunks.LOG2_E
   u_, delta_, bias_ = cut.tokens(u), *cut.delta(delta, bias)
   B_, C_, keep_ = cut.tokens(B), cut.tokens(C), cut.keep(keep)
@@ -225,7 +235,7 @@ def _gradients(call, arrays, states, dy, d_final):
   """Gradients of all arrays, from the states between chunks."""
   u, delta, A, B, C, D, bias, keep, initial = arrays
   options = call.options(gradient=True)
-  cut = _Parts(call, options, u.shape)
+  cut = _Parts(call, options, u.shape, gradient=True)
   A2 = A * chunks.LOG2_E
   u_, delta_, bias_ = cut.tokens(u), *cut.delta(delta, bias)
   B_, C_, keep_ = cut.tokens(B), cut.tokens(C), cut.keep(keep)
@@ -317,17 +327,18 @@ _gradients.defvjp(_gradients_forward, _gradients_backward)
 class _Parts:
   """T in parts that run side by side, as rows of a longer batch."""
 
-  def __init__(self, call: _Call, options: chunks.Options, shape):
+  def __init__(
+    self, call: _Call, options: chunks.Options, shape, *, gradient: bool
+  ):
     self.batch, self.length, self.channels = shape
     self.softplus = call.delta_softplus
     self.reverse = call.reverse
-    self.parts = call.plan.parts
+    plan = call.plan
+    self.parts = plan.gradient_parts if gradient else plan.parts
     self.chunk = options.chunk
     self.past = 0
     if self.parts > 1:
-      # Both chunk sizes divide a part, and both passes cut alike.
-      unit = self.parts * max(call.plan.chunk, call.plan.gradient_chunk)
-      self.past = -self.length % unit
+      self.past = -self.length % (self.parts * options.chunk)
 
   def tokens(self, x, value=0.0):
     """[b, T, ..] -> [b parts, T / parts, ..]."""

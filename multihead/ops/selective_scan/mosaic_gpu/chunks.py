@@ -24,6 +24,7 @@ class Options:
     reverse: whether the last token comes first.
     chunk: tokens between two states that are kept, a multiple of 8.
     unroll: steps written out one after another, a multiple of 4.
+    exchange: whether sums over states are taken of four steps at once.
     interpret: None, or what interprets the kernels on a CPU.
   """
 
@@ -31,6 +32,7 @@ class Options:
   reverse: bool
   chunk: int
   unroll: int
+  exchange: bool
   interpret: object = None
 
   def count(self, length: int) -> int:
@@ -107,6 +109,13 @@ class Chunks:
       view = ref.reshape(self.size, tile.WARPS, tile.LANES).at[token]
       x = tile.load(view, self.layout.reduce(2))
     return self.by_channel(x)
+
+  def put_channel_row(self, ref, token, x):
+    """One token of ref [chunk, 32] = x [4, 8]."""
+    if self.options.interpret is not None:
+      ref[token] = x.reshape(tile.CHANNELS)
+    else:
+      ref.reshape(self.size, tile.WARPS, tile.LANES)[token] = x
 
   def state_row(self, ref, token):
     """One token of ref [chunk, M], for the states of all channels."""

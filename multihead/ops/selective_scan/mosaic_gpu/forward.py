@@ -108,6 +108,11 @@ def scan(
         for t, (d, drive, b_t, c_t) in zip(tokens, loads, strict=True):
           h = cut.decay(d, decay, factor, t) * h + drive * b_t
           out.append(h * c_t)
+        if not options.exchange:
+          sums = [x.sum(axis=2) for x in out]
+          for t, x in zip(tokens, sums, strict=True):
+            cut.put_channel_row(ys, t, x)
+          return h
         pairs = []
         for s in range(0, unroll, tile.STEPS):
           four = out[s : s + tile.STEPS]
