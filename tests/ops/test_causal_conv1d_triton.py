@@ -19,6 +19,8 @@ from multihead.ops.dispatch import describe
 from tests.ops import triton_interpreter
 from tests.ops.test_causal_conv1d import (
   CASES as ALL,
+)
+from tests.ops.test_causal_conv1d import (
   assert_close,
   make_cotangents,
   make_inputs,

@@ -9,11 +9,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from multihead.ops import dispatch
-from multihead.ops.attention import cudnn, reference, xla
+from multihead.ops.attention import cudnn, mosaic_gpu, reference, xla
 
-_IMPLEMENTATIONS = {"cudnn": cudnn, "xla": xla, "reference": reference}
-# The reference holds [B, N, T, S] arrays: it runs only when it is named.
-_PREFERENCE = ("cudnn", "xla")
+_IMPLEMENTATIONS = {
+  "mosaic_gpu": mosaic_gpu,
+  "cudnn": cudnn,
+  "xla": xla,
+  "reference": reference,
+}
+# Head dims at which mosaic_gpu has been timed, and is the faster.
+_MOSAIC_WIDTHS = (64, 128)
+# A program of mosaic_gpu holds at least so many rows.
+_MOSAIC_ROWS = 64
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -44,9 +51,9 @@ def attention(
   softcap * tanh(x / softcap) (just x without softcap), plus bias. All
   restrictions combine by AND. A row that may attend to nothing gives zeros,
   lse = -inf and zero gradients. A NaN or Inf in a key or value reaches the rows
-  that may see it (whole, as NaN) and no other; cudnn alone cannot promise that
-  within the blocks that it computes, nor zeros where a bias of -inf empties a
-  row.
+  that may see it (whole, as NaN) and no other; mosaic_gpu and cudnn cannot
+  promise that within the blocks that they compute, nor cudnn zeros where a bias
+  of -inf empties a row.
 
   Softmax, sums and lse are computed in float32 (float64 for float64 inputs),
   matrix products in the dtype of q with that accumulation.
@@ -70,9 +77,11 @@ def attention(
     kv_segment_ids: [B, S] integers.
     return_lse: whether to return also the natural log of the sum of the
       exponentials of each row's logits; differentiable.
-    implementation: "cudnn", "xla" (memory linear in T and S, backward by
-      recomputation), "reference" (holds [B, N, T, S]), a sequence of these, or
-      None for the first of cudnn, xla that supports the arguments.
+    implementation: "mosaic_gpu" (Hopper), "cudnn", "xla" (memory linear in T
+      and S, backward by recomputation), "reference" (holds [B, N, T, S]), a
+      sequence of these, or None for the fastest that supports the arguments:
+      the first of mosaic_gpu, cudnn, xla where H and Hv are 64 or 128; of
+      cudnn, mosaic_gpu, xla at others; of cudnn, xla for fewer than 64 rows.
 
   Returns:
     [B, T, N, Hv] in q's dtype; with return_lse a pair of it and [B, N, T] in
@@ -111,7 +120,11 @@ def attention(
   if softcap is not None and not args["softcap"] > 0:
     raise ValueError(f"softcap must be positive, got {softcap}")
   module = dispatch.select(
-    "attention", _IMPLEMENTATIONS, _PREFERENCE, implementation, args
+    "attention",
+    _IMPLEMENTATIONS,
+    _preference(T, H, v.shape[-1]),
+    implementation,
+    args,
   )
   if 0 in full:
     # No key or no query: every row is empty.
@@ -119,6 +132,18 @@ def attention(
     lse = jnp.full((B, N, T), -jnp.inf, jnp.promote_types(q.dtype, "float32"))
     return (out, lse) if return_lse else out
   return module.run(**args)
+
+
+def _preference(T: int, width: int, v_width: int) -> tuple[str, ...]:
+  """What to try, best first.
+
+  The reference holds [B, N, T, S] arrays: it runs only when it is named.
+  """
+  if T < _MOSAIC_ROWS:
+    return "cudnn", "xla"
+  if width in _MOSAIC_WIDTHS and v_width in _MOSAIC_WIDTHS:
+    return "mosaic_gpu", "cudnn", "xla"
+  return "cudnn", "mosaic_gpu", "xla"
 
 
 def _check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
