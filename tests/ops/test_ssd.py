@@ -583,7 +583,7 @@ BAD = {
   "segment_ids must be integers": dict(segment_ids=np.zeros((2, 6))),
   "chunk_size must be at least 1": dict(chunk_size=0),
   "dt_limit must be (smallest, largest)": dict(dt_limit=(1.0, 0.5)),
-  "unknown implementation": dict(implementation="triton"),
+  "unknown implementation": dict(implementation="cuda"),
   "x must be a real floating point array": dict(x=np.zeros((2, 6, 6, 3), int)),
 }
 
