@@ -6,11 +6,19 @@ from multihead.layers.linear import Embedding, Linear
 from multihead.layers.mamba import Mamba2
 from multihead.layers.mamba1 import Mamba
 from multihead.layers.mlp import MLP, GatedMLP
+from multihead.layers.multi_head_scan import (
+  SS2D,
+  MultiHeadScan,
+  VSSBlock,
+  scan_route_attention,
+)
 from multihead.layers.norms import GatedRMSNorm, LayerNorm, RMSNorm
 from multihead.layers.rope import apply_rope
+from multihead.layers.scan_routes import scan_route
 
 __all__ = [
   "MLP",
+  "SS2D",
   "Embedding",
   "EncoderBlock",
   "GatedMLP",
@@ -20,8 +28,12 @@ __all__ = [
   "Mamba",
   "Mamba2",
   "MultiHeadAttention",
+  "MultiHeadScan",
   "RMSNorm",
   "SelfAttention",
+  "VSSBlock",
   "apply_rope",
   "drop_path",
+  "scan_route",
+  "scan_route_attention",
 ]
