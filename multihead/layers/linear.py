@@ -48,6 +48,7 @@ class Linear(nn.Module):
     dtype: of the multiplication and the result.
     param_dtype: of the parameters.
     kernel_init: initialiser, called with the kernel's shape.
+    bias_init: initialiser of the bias.
     result_dtype: of the result, if not `dtype` (float32 for logits).
   """
 
@@ -58,6 +59,7 @@ class Linear(nn.Module):
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
   kernel_init: Initializer = nn.initializers.normal(0.02)
+  bias_init: Initializer = nn.initializers.zeros
   result_dtype: jnp.dtype | None = None
 
   @nn.compact
@@ -82,7 +84,7 @@ class Linear(nn.Module):
       bias = self.param(
         "bias",
         nn.with_logical_partitioning(
-          nn.initializers.zeros, self.axis_names[self.inputs :]
+          self.bias_init, self.axis_names[self.inputs :]
         ),
         features,
         self.param_dtype,

@@ -14,6 +14,7 @@ _MODELS = {
   "falcon_h1": "FalconH1",
   "vit": "ViT",
   "icl_gd": "ICLGD",
+  "mhs_vm": "MHSVM",
 }
 
 
