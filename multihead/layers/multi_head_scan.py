@@ -104,7 +104,7 @@ def scan_route_attention(
   scale_free: bool = False,
   epsilon: float = 1e-5,
 ) -> Float[Array, "..."]:
-  """Scan Route Attention: the sum of K scans times their gate; section 3.3.
+  """Scan Route Attention of MHS-VM: the sum of K scans times their gate.
 
   Arguments, result and errors are those of `scan_route_gate`.
   """
@@ -113,7 +113,7 @@ def scan_route_attention(
 
 
 class RouteScan(nn.Module):
-  """Selective scans of n maps, each in orders of its own; section 3.2.
+  """Selective scans of n maps, each in orders of its own.
 
   Every scan has its own projections, step sizes, decays and direct path.
 
@@ -214,7 +214,7 @@ def _check_map(x: Array) -> None:
 class SS2D(nn.Module):
   """One map scanned along rows and columns, both ways, and summed.
 
-  VMamba, section 4.2: the cross scan, the scans and the cross merge, without
+  What VMamba calls so: the cross scan, the scans and the cross merge, without
   the projections around them, which the VSS block has.
 
   Attributes:
@@ -253,11 +253,12 @@ class SS2D(nn.Module):
 
 
 class MultiHeadScan(nn.Module):
-  """Subspaces of a map, each scanned along a route of its own; section 3.
+  """Subspaces of a map, each scanned along its own route.
 
-  The channels are projected to `heads` subspaces of S = C // heads. Each is
-  scanned four ways along its route, and the four results are fused by Scan
-  Route Attention. Sown: `open_gate` [heads], the fraction of gates above zero.
+  MHS-VM, figure 1. The channels are projected to `heads` subspaces of width
+  S = C // heads. Each is scanned four ways along its route, and the four
+  results are fused by Scan Route Attention. Sown: `open_gate` [heads], the
+  fraction of gates above zero.
 
   Attributes:
     heads: number of subspaces.
@@ -379,7 +380,7 @@ class DepthwiseConv(nn.Module):
 class VSSBlock(nn.Module):
   """f += gated scan of LayerNorm(f): the visual state-space block.
 
-  VMamba, section 4.3; MHS-VM, figure 1. With E = expand * C channels inside:
+  That of VMamba; MHS-VM, figure 1. With E = expand * C channels inside:
 
     x, z = split(LayerNorm(f) W_in);  x = silu(conv(x))
     f += drop_path(LayerNorm(scan(x)) * silu(z) (W_out))

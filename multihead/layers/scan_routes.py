@@ -1,6 +1,6 @@
 """Scan routes: the orders in which a scan reads the pixels of a map.
 
-Sections 3.1 and 3.2 of "MHS-VM: Multi-Head Scanning in Parallel Subspaces for
+The scan patterns of "MHS-VM: Multi-Head Scanning in Parallel Subspaces for
 Vision Mamba", arXiv 2406.05992. A path lists the pixels i * width + j in the
 order they are read. A route has two paths, and each is read in both directions:
 four scans a head. Routes are data: arrays made from height and width when a map
@@ -88,7 +88,7 @@ def check_name(name: str) -> None:
 
 @functools.lru_cache(maxsize=256)
 def scan_route(name: str, height: int, width: int) -> Int32[np.ndarray, "2 L"]:
-  """The two paths of a route over a map; section 3.1.
+  """The two paths of a route over a map.
 
   Args:
     name: "C" (continuous: rows, every second one backwards; columns), "X"
@@ -158,7 +158,7 @@ def check_route(
 def scan_orders(
   routes: Sequence[Route], height: int, width: int
 ) -> tuple[Int32[np.ndarray, "G L"], Int32[np.ndarray, "G L"]]:
-  """The four scans of each route, and their inverses; section 3.2.
+  """The four scans of each route, and their inverses.
 
   Args:
     routes: one per head: a name, or a function that is called with height and

@@ -22,7 +22,8 @@ from multihead.parallel.sharding import BATCH_AXES, constrain
 
 _SS2D = dict(heads=0)
 _NO_PROJECTION = dict(projection=False)
-# MHS-VM, section 4, and VM-UNet; the last is VM-UNet's code without a config.
+# The authors' configs of MHS-VM and of VM-UNet; the last is the default of
+# VM-UNet's code, which none of its configs uses.
 VARIANTS: dict[str, dict[str, Any]] = {
   "mhs_vm_4_heads_no_projection": dict(heads=4, **_NO_PROJECTION),
   "mhs_vm_3_heads_no_projection": dict(heads=3, **_NO_PROJECTION),

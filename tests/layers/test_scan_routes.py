@@ -8,7 +8,7 @@ import pytest
 from multihead.layers import scan_routes
 
 SIZES = ((1, 1), (1, 5), (4, 1), (2, 2), (3, 5), (4, 4), (8, 8), (7, 6))
-# From the authors' index file at these sizes.
+# Worked out from the authors' construction of their index files.
 GOLDEN = {
   ("C", 4, 4): (
     "0 1 2 3 7 6 5 4 8 9 10 11 15 14 13 12",
