@@ -8,6 +8,7 @@ call what would run and why the others would not.
 
 from multihead.ops.attention import attention
 from multihead.ops.causal_conv1d import causal_conv1d
+from multihead.ops.decode_attention import decode_attention
 from multihead.ops.dispatch import describe
 from multihead.ops.linear_attention import linear_attention
 from multihead.ops.selective_scan import selective_scan, selective_scan_step
@@ -16,6 +17,7 @@ from multihead.ops.ssd import ssd, ssd_step
 __all__ = [
   "attention",
   "causal_conv1d",
+  "decode_attention",
   "describe",
   "linear_attention",
   "selective_scan",

@@ -1,15 +1,11 @@
 """The public function of this package: `attention`."""
 
-import math
-import numbers
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from multihead.ops import dispatch
-from multihead.ops.attention import cudnn, mosaic_gpu, reference, xla
+from multihead.ops.attention import checks, cudnn, mosaic_gpu, reference, xla
 
 _IMPLEMENTATIONS = {
   "mosaic_gpu": mosaic_gpu,
@@ -21,7 +17,6 @@ _IMPLEMENTATIONS = {
 _MOSAIC_WIDTHS = (64, 128)
 # A program of mosaic_gpu holds at least so many rows.
 _MOSAIC_ROWS = 64
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def attention(
@@ -97,7 +92,7 @@ def attention(
     arXiv 2205.14135, 2307.08691 (section 3: the tiled forward and backward).
   """
   q, k, v = (jnp.asarray(x) for x in (q, k, v))
-  _check_qkv(q, k, v)
+  checks.qkv("attention", q, k, v)
   B, T, N, H = q.shape
   S = k.shape[1]
   full = (B, N, T, S)
@@ -110,15 +105,13 @@ def attention(
     "bias": _broadcastable("bias", bias, full),
     "mask": _broadcastable("mask", mask, full),
     "causal": bool(causal),
-    "q_offset": _offset(q_offset, B, S - T),
-    "scale": _number("scale", scale),
-    "window": _window(window),
-    "softcap": None if softcap is None else _number("softcap", softcap),
+    "q_offset": checks.per_item("q_offset", q_offset, B, S - T),
+    "scale": checks.number("scale", scale),
+    "window": checks.window(window),
+    "softcap": checks.softcap(softcap),
     **_segments(q_segment_ids, kv_segment_ids, B, T, S),
     "return_lse": bool(return_lse),
   }
-  if softcap is not None and not args["softcap"] > 0:
-    raise ValueError(f"softcap must be positive, got {softcap}")
   module = dispatch.select(
     "attention",
     _IMPLEMENTATIONS,
@@ -144,33 +137,6 @@ def _preference(T: int, width: int, v_width: int) -> tuple[str, ...]:
   if width in _MOSAIC_WIDTHS and v_width in _MOSAIC_WIDTHS:
     return "mosaic_gpu", "cudnn", "xla"
   return "cudnn", "mosaic_gpu", "xla"
-
-
-def _check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-  shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-  layout = "q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv]"
-  if not q.ndim == k.ndim == v.ndim == 4:
-    raise ValueError(f"attention takes {layout}; got {shapes}")
-  if q.dtype.name not in _DTYPES or not q.dtype == k.dtype == v.dtype:
-    raise TypeError(
-      f"q, k and v must have one dtype out of {', '.join(_DTYPES)}; got q "
-      f"{q.dtype}, k {k.dtype}, v {v.dtype}"
-    )
-  wrong = None
-  if not q.shape[0] == k.shape[0] == v.shape[0]:
-    wrong = "the batch sizes differ"
-  elif k.shape[1:3] != v.shape[1:3]:
-    wrong = "k and v differ in length S or heads K"
-  elif q.shape[3] != k.shape[3]:
-    wrong = "q and k differ in head dim H"
-  elif 0 in (q.shape[2], k.shape[2]) or q.shape[2] % k.shape[2]:
-    wrong = (
-      f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads"
-    )
-  elif 0 in (q.shape[3], v.shape[3]):
-    wrong = "the head dim is zero"
-  if wrong:
-    raise ValueError(f"{wrong}: {shapes}; attention takes {layout}")
 
 
 def _broadcastable(
@@ -199,55 +165,6 @@ def _broadcastable(
       f"{list(full)}"
     )
   return x.reshape(shape)
-
-
-def _offset(
-  offset: int | jax.Array | None, batch: int, default: int
-) -> int | jax.Array:
-  """An int where it is known while tracing, else int32 [B]."""
-  if offset is None:
-    return default
-  if isinstance(offset, numbers.Integral) and not isinstance(offset, bool):
-    return int(offset)
-  offset = jnp.asarray(offset)
-  if not jnp.issubdtype(offset.dtype, jnp.integer):
-    raise TypeError(f"q_offset must be an integer, got {offset.dtype}")
-  if offset.shape not in ((), (1,), (batch,)):
-    raise ValueError(
-      f"q_offset must be an int or have shape [B] = [{batch}], got "
-      f"{list(offset.shape)}"
-    )
-  return jnp.broadcast_to(offset.astype(jnp.int32), (batch,))
-
-
-def _window(
-  window: tuple[int | None, int | None] | None,
-) -> tuple[int | None, int | None]:
-  if window is None:
-    return None, None
-  sides = tuple(window) if isinstance(window, (tuple, list)) else ()
-  good = [
-    x is None or (isinstance(x, numbers.Integral) and int(x) >= 0)
-    for x in sides
-  ]
-  if len(good) != 2 or not all(good):
-    raise ValueError(
-      "window must be (left, right), each an int >= 0 or None for no bound; "
-      f"got {window!r}"
-    )
-  left, right = (None if x is None else int(x) for x in sides)
-  return left, right
-
-
-def _number(name: str, x: float) -> float:
-  if isinstance(x, jax.core.Tracer):
-    raise TypeError(
-      f"{name} must be a Python number, got a traced array; multiply q by it"
-    )
-  x = float(np.asarray(x))
-  if not math.isfinite(x):
-    raise ValueError(f"{name} must be finite, got {x}")
-  return x
 
 
 def _segments(

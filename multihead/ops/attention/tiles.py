@@ -179,6 +179,18 @@ def clean(x: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(x), x, 0)
 
 
+def poison(spec: Spec, *arrays: jax.Array) -> jax.Array:
+  """[B, K, S]: NaN for a key with NaN or Inf in `arrays` [B, S, K, H], else 0.
+
+  Added to the logits before the hidden ones are dropped, it makes a row NaN
+  that can see such a key, and no other.
+  """
+  good = functools.reduce(
+    jnp.logical_and, [jnp.all(jnp.isfinite(x), axis=-1) for x in arrays]
+  )
+  return jnp.where(good, 0, jnp.nan).astype(spec.dtype).transpose(0, 2, 1)
+
+
 def logits(
   spec: Spec, ops: Operands, rows: Range, columns: Range
 ) -> tuple[jax.Array, jax.Array | None]:

@@ -20,7 +20,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from multihead.ops import manual_axes
-from multihead.ops.attention import positions, tiles
+from multihead.ops.attention import positions, running, tiles
 from multihead.ops.attention.tiles import Operands, Range, Spec
 
 # Query rows times heads up to which keys are read as they lie.
@@ -97,7 +97,7 @@ def _attention(
   poison = None
   if spec.restricted:
     # 0 * NaN is NaN: a weight of zero would not hide such a value.
-    poison = _poison(spec, v)
+    poison = tiles.poison(spec, v)
     v = tiles.clean(v)
   if not _is_one_tile(B * N, T, k.shape[1]):
     return _forward_loop(spec, poison, q, k, v, *rest)
@@ -174,18 +174,6 @@ def _loop_sizes(heads: int, T: int, S: int) -> tuple[int, int]:
   return tuple(8 * _ceil(n, 8 * _ceil(n, x)) for n, x in ((T, t), (S, s)))
 
 
-def _poison(spec: Spec, *arrays: jax.Array) -> jax.Array:
-  """[B, K, S]: NaN for a key with NaN or Inf in `arrays` [B, S, K, H], else 0.
-
-  Added to the logits before the hidden ones are dropped, it makes a row NaN
-  that can see such a key, and no other.
-  """
-  good = functools.reduce(
-    jnp.logical_and, [jnp.all(jnp.isfinite(x), axis=-1) for x in arrays]
-  )
-  return jnp.where(good, 0, jnp.nan).astype(spec.dtype).transpose(0, 2, 1)
-
-
 def _few_rows(
   spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -210,7 +198,7 @@ def _few_rows(
     ops = tiles.operands(
       q, tiles.clean(k), tiles.clean(v), *rest, heads_first=False
     )
-    return _one_tile(spec, ops, _poison(spec, k, v))
+    return _one_tile(spec, ops, tiles.poison(spec, k, v))
 
   if not spec.restricted and k.shape[2] == 1:
     return careless()
@@ -227,10 +215,10 @@ def _one_tile(
   """Output [B, K, G, T, Hv] and lse [B, K, G, T], without a loop."""
   rows, columns = (0, ops.q.shape[3]), (0, ops.length)
   x = _hidden_logits(spec, ops, poison, rows, columns)
-  top = _finite(jnp.max(x, axis=-1, keepdims=True))
+  top = running.finite(jnp.max(x, axis=-1, keepdims=True))
   p = jnp.exp(x - top)
   total = jnp.sum(p, axis=-1, keepdims=True)
-  return _normalise(tiles.mix(spec, ops, p, columns), total, top)
+  return running.normalise(tiles.mix(spec, ops, p, columns), total, top)
 
 
 def _hidden_logits(
@@ -246,18 +234,6 @@ def _hidden_logits(
     x = x + tiles.take(poison, 2, columns)[:, :, None, None]
   keep = tiles.visible(spec, ops, rows, columns)
   return x if keep is None else jnp.where(keep, x, -jnp.inf)
-
-
-def _finite(top: jax.Array) -> jax.Array:
-  """A row's maximum, 0 for an empty row: -inf - -inf would be NaN."""
-  return jnp.where(top == -jnp.inf, 0, top)
-
-
-def _normalise(
-  out: jax.Array, total: jax.Array, top: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  out = out / jnp.where(total == 0, 1, total)
-  return out, (top + jnp.log(total))[..., 0]
 
 
 def _offsets(
@@ -294,31 +270,21 @@ def _forward_loop(
   ops = tiles.operands(q, k, v, *rest, padding=(-T % t, -S % s))
   if poison is not None:
     poison = tiles.pad(poison, 2, -S % s)
-  shape = (*ops.q.shape[:3], t, 1)
+  shape = (*ops.q.shape[:3], t)
 
   def row_block(i):
     rows = (i, t)
 
-    def column_block(j, carry):
-      top, total, out = carry
+    def column_block(j, state):
       columns = (j * s, s)
       x = _hidden_logits(spec, ops, poison, rows, columns)
-      new = jnp.maximum(top, jnp.max(x, axis=-1, keepdims=True))
-      base = _finite(new)
-      p = jnp.exp(x - base)
-      shrink = jnp.exp(top - base)
-      total = shrink * total + jnp.sum(p, axis=-1, keepdims=True)
-      out = shrink * out + tiles.mix(spec, ops, p, columns)
-      return new, total, out
+      mix = lambda p: tiles.mix(spec, ops, p, columns)
+      return running.merge(state, x, mix)
 
-    carry = (
-      manual_axes.full(shape, -jnp.inf, spec.dtype, ops.q),
-      manual_axes.zeros(shape, spec.dtype, ops.q),
-      manual_axes.zeros((*shape[:-1], v.shape[-1]), spec.dtype, ops.q),
-    )
+    state = running.start(shape, v.shape[-1], spec.dtype, ops.q)
     start, stop = _column_blocks(spec, ops, i, t, s)
-    top, total, out = lax.fori_loop(start, stop, column_block, carry)
-    out, lse = _normalise(out, total, _finite(top))
+    state = lax.fori_loop(start, stop, column_block, state)
+    out, lse = running.finish(state)
     return out.astype(q.dtype), lse
 
   starts = t * jnp.arange(_ceil(T, t), dtype=jnp.int32)
