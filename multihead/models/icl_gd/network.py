@@ -297,6 +297,13 @@ class ICLGD(nn.Module):
     if self.embedding_mlp and not self.embedding_size:
       raise UserError("model.embedding_mlp needs an embedding_size")
 
+  def init_inputs(self) -> tuple[Array]:
+    """Arguments of `__call__` that make parameters: the published tasks'.
+
+    Their inputs have 10 numbers; tokens of another width make others.
+    """
+    return (jnp.zeros((1, 2, 10 + self.output_size)),)
+
   def setup(self) -> None:
     kernel_init = nn.initializers.variance_scaling(
       self.init_scale / self.num_layers, "fan_in", "truncated_normal"
