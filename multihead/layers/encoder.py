@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from multihead.layers import stacking
 from multihead.layers.attention import MultiHeadAttention
 from multihead.layers.linear import Initializer
 from multihead.layers.mlp import MLP
@@ -146,3 +147,36 @@ class EncoderBlock(nn.Module):
       f = branch(mlp(x, deterministic=deterministic), "mlp")
       x = norm2(add(x, f))
     return x, (a, f) if self.return_branches else None
+
+
+def encoder_blocks(
+  count: int, *, remat: str, scan_layers: bool, scan_over: bool, **parts: Any
+) -> Any:
+  """`count` blocks for the `setup` of a model, which calls them by turns.
+
+  Args:
+    count: L.
+    remat: "none", or a key of `stacking.REMAT_POLICIES`.
+    scan_layers: one block scanned over stacked parameters, or a list.
+    scan_over: whether the scanned block's second argument has an axis L.
+    **parts: fields of `EncoderBlock`.
+  """
+  block = EncoderBlock
+  if remat != "none":
+    block = nn.remat(
+      block,
+      prevent_cse=not scan_layers,
+      policy=stacking.REMAT_POLICIES[remat],
+      static_argnums=(4,),  # deterministic
+    )
+  if not scan_layers:
+    return [block(**parts) for _ in range(count)]
+  scan = nn.scan(
+    block,
+    variable_axes={"params": 0, "intermediates": 0},
+    split_rngs={"params": True, "dropout": True},
+    in_axes=(0 if scan_over else nn.broadcast, nn.broadcast, nn.broadcast),
+    length=count,
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )
+  return scan(**parts)

@@ -1,9 +1,15 @@
-"""Parameters of equal layers: stacked on a leading axis, or one by one."""
+"""Equal layers, scanned over or one by one, and their parameters likewise."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+# What a backward pass keeps of a layer, beside its input.
+REMAT_POLICIES = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 def unstack(params: dict[str, Any], name: str, count: int) -> dict[str, Any]:

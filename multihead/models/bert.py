@@ -9,18 +9,17 @@ published config.json files.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from multihead.errors import UserError
 from multihead.layers import (
   Embedding,
-  EncoderBlock,
   LayerNorm,
   Linear,
   stacking,
 )
+from multihead.layers.encoder import encoder_blocks
 from multihead.layers.mlp import ACTIVATIONS
 from multihead.parallel.sharding import BATCH_AXES, constrain
 
@@ -61,11 +60,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "bert-large-cased": _variant(24, 1024, 16, vocab_size=28996),
   "bert-large-uncased": _variant(24, 1024, 16),
   "roberta-large": _variant(24, 1024, 16, **_ROBERTA),
-}
-
-_REMAT = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -131,7 +125,7 @@ class Bert(nn.Module):
       raise UserError(
         "num_labels > 0 needs add_pooling_layer=True: the classifier reads it"
       )
-    if self.remat not in ("none", *_REMAT):
+    if self.remat not in ("none", *stacking.REMAT_POLICIES):
       raise UserError(
         f"remat={self.remat!r}; allowed are 'none', 'full' and 'dots'"
       )
@@ -174,7 +168,11 @@ class Bert(nn.Module):
       )
 
   def _blocks(self, **shared: Any) -> Any:
-    parts = dict(
+    return encoder_blocks(
+      self.num_hidden_layers,
+      remat=self.remat,
+      scan_layers=self.scan_layers,
+      scan_over=False,
       num_heads=self.num_attention_heads,
       mlp_dim=self.intermediate_size,
       pre_norm=False,
@@ -185,25 +183,6 @@ class Bert(nn.Module):
       implementation=self.attention_implementation,
       **shared,
     )
-    block = EncoderBlock
-    if self.remat != "none":
-      block = nn.remat(
-        block,
-        prevent_cse=not self.scan_layers,
-        policy=_REMAT[self.remat],
-        static_argnums=(4,),  # deterministic
-      )
-    if not self.scan_layers:
-      return [block(**parts) for _ in range(self.num_hidden_layers)]
-    scan = nn.scan(
-      block,
-      variable_axes={"params": 0, "intermediates": 0},
-      split_rngs={"params": True, "dropout": True},
-      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-      length=self.num_hidden_layers,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    return scan(**parts)
 
   def __call__(
     self,

@@ -24,6 +24,7 @@ from multihead.layers import (
   Mamba2,
   RMSNorm,
   SelfAttention,
+  stacking,
 )
 from multihead.parallel.sharding import BATCH_AXES, constrain
 
@@ -255,12 +256,6 @@ class _Layer(nn.Module):
     return x, None if cache is None else {**kv, **states}
 
 
-_REMAT = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
 class FalconH1(nn.Module):
   """The language model; fields are named as in the published config.json.
 
@@ -324,7 +319,7 @@ class FalconH1(nn.Module):
           f"{many}={getattr(self, many)} must be a multiple of "
           f"{few}={getattr(self, few)}"
         )
-    if self.remat not in ("none", *_REMAT):
+    if self.remat not in ("none", *stacking.REMAT_POLICIES):
       raise UserError(
         f"remat={self.remat!r}; allowed are 'none', 'full' and 'dots'"
       )
@@ -479,7 +474,9 @@ class FalconH1(nn.Module):
     layer = _Layer
     if self.remat != "none":
       layer = nn.remat(
-        layer, prevent_cse=not self.scan_layers, policy=_REMAT[self.remat]
+        layer,
+        prevent_cse=not self.scan_layers,
+        policy=stacking.REMAT_POLICIES[self.remat],
       )
     if self.scan_layers:
       scan = nn.scan(
@@ -580,20 +577,12 @@ class FalconH1(nn.Module):
     """The same model with its layers one after another, and its parameters."""
     if not self.scan_layers:
       return self, params
-    rest = {k: v for k, v in params.items() if k != "layers"}
-    layers = {
-      f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"])
-      for i in range(self.num_hidden_layers)
-    }
-    return self.clone(scan_layers=False), {**rest, **layers}
+    params = stacking.unstack(params, "layers", self.num_hidden_layers)
+    return self.clone(scan_layers=False), params
 
   def stack(self, params: Any) -> tuple["FalconH1", Any]:
     """The same model with its layers scanned, and its parameters stacked."""
     if self.scan_layers:
       return self, params
-    names = [f"layers_{i}" for i in range(self.num_hidden_layers)]
-    rest = {k: v for k, v in params.items() if k not in names}
-    layers = jax.tree.map(
-      lambda *x: jnp.stack(x), *(params[name] for name in names)
-    )
-    return self.clone(scan_layers=True), {**rest, "layers": layers}
+    params = stacking.stack(params, "layers", self.num_hidden_layers)
+    return self.clone(scan_layers=True), params

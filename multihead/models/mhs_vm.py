@@ -9,13 +9,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from multihead.errors import UserError
-from multihead.layers import SS2D, LayerNorm, Linear, MultiHeadScan, VSSBlock
+from multihead.layers import (
+  SS2D,
+  LayerNorm,
+  Linear,
+  MultiHeadScan,
+  VSSBlock,
+  stacking,
+)
 from multihead.layers.multi_head_scan import uniform_within
 from multihead.layers.scan_routes import Route
 from multihead.parallel.sharding import BATCH_AXES, constrain
@@ -32,11 +38,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "vm_unet": _SS2D,
   "vm_unet_synapse": dict(_SS2D, num_classes=9, img_size=224),
   "vm_unet_deep": dict(_SS2D, depths=(2, 2, 9, 2), depths_decoder=(2, 9, 2, 2)),
-}
-
-_REMAT = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -119,7 +120,7 @@ class MHSVM(nn.Module):
         "routes are those of the multi-head scan; heads=0 is SS2D",
       ),
       (
-        self.remat not in ("none", *_REMAT),
+        self.remat not in ("none", *stacking.REMAT_POLICIES),
         f"remat={self.remat!r}; allowed are 'none', 'full' and 'dots'",
       ),
       (
@@ -181,7 +182,9 @@ class MHSVM(nn.Module):
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     block = VSSBlock
     if self.remat != "none":
-      block = nn.remat(block, policy=_REMAT[self.remat], static_argnums=(2,))
+      block = nn.remat(
+        block, policy=stacking.REMAT_POLICIES[self.remat], static_argnums=(2,)
+      )
 
     def linear(features: int, **options: Any) -> Linear:
       return Linear(

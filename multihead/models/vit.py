@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from multihead.errors import UserError
-from multihead.layers import EncoderBlock, LayerNorm, Linear, stacking
+from multihead.layers import LayerNorm, Linear, stacking
+from multihead.layers.encoder import encoder_blocks
 from multihead.layers.mlp import ACTIVATIONS
 from multihead.parallel.sharding import BATCH_AXES, constrain
 
@@ -97,11 +98,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
   name: _variant(name, fields)
   for names, fields in _NAMES
   for name in names.split()
-}
-
-_REMAT = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -220,7 +216,7 @@ class ViT(nn.Module):
         f"act={self.act!r}; allowed are {', '.join(ACTIVATIONS)}",
       ),
       (
-        self.remat not in ("none", *_REMAT),
+        self.remat not in ("none", *stacking.REMAT_POLICIES),
         f"remat={self.remat!r}; allowed are 'none', 'full' and 'dots'",
       ),
       (
@@ -309,7 +305,11 @@ class ViT(nn.Module):
         self.head_dist = Linear(**head)
 
   def _blocks(self, **shared: Any) -> Any:
-    parts = dict(
+    return encoder_blocks(
+      self.depth,
+      remat=self.remat,
+      scan_layers=self.scan_layers,
+      scan_over=True,
       num_heads=self.num_heads,
       mlp_dim=self.mlp_dim,
       act=self.act,
@@ -322,25 +322,6 @@ class ViT(nn.Module):
       implementation=self.attention_implementation,
       **shared,
     )
-    block = EncoderBlock
-    if self.remat != "none":
-      block = nn.remat(
-        block,
-        prevent_cse=not self.scan_layers,
-        policy=_REMAT[self.remat],
-        static_argnums=(4,),  # deterministic
-      )
-    if not self.scan_layers:
-      return [block(**parts) for _ in range(self.depth)]
-    scan = nn.scan(
-      block,
-      variable_axes={"params": 0, "intermediates": 0},
-      split_rngs={"params": True, "dropout": True},
-      in_axes=(0, nn.broadcast, nn.broadcast),
-      length=self.depth,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    return scan(**parts)
 
   def __call__(
     self,

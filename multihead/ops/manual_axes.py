@@ -58,6 +58,22 @@ def zeros(
   return full(shape, 0, dtype, like)
 
 
+def refusal() -> str | None:
+  """Why a custom kernel cannot run under the current mesh, or None.
+
+  Under plain `jit` the compiler would gather its operands to every device.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  automatic = [name for name in mesh.auto_axes if mesh.shape[name] > 1]
+  if not automatic:
+    return None
+  return (
+    "the compiler cannot split a kernel over the mesh axes "
+    f"{', '.join(automatic)} and would gather the operands: call it in a "
+    "shard_map, as multihead.parallel does"
+  )
+
+
 def _axes(array: jax.Array) -> frozenset[str]:
   kind = jax.typeof(array)
   # The attribute's name differs between releases of jax.

@@ -263,13 +263,6 @@ def interpreter() -> Any:
   return plgpu.InterpretGPUParams(inline_mgpu="ignore")
 
 
-def reset_interpreter() -> None:
-  """Forgets what a kernel that failed has left in the interpreter."""
-  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-  gpu_callbacks.reset_gpu_interpret_mode_state()
-
-
 @contextlib.contextmanager
 def pretended_hopper():
   """Within it, programs lower for an H100 on a machine that has none."""

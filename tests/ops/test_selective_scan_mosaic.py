@@ -191,3 +191,6 @@ def test_refuses_what_it_cannot_serve(monkeypatch):
   assert "at most 64 states" in reason(size=65)
   with jax.enable_x64(True):
     assert "float64" in reason(dtype="float64")
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  with jax.set_mesh(mesh):
+    assert "gather the operands" in reason()

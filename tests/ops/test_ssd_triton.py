@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from multihead.ops import triton_compat
 from multihead.ops.dispatch import describe
@@ -111,6 +112,9 @@ def test_refuses_what_it_cannot_serve(monkeypatch):
   assert "H = 256" in reason(width=256).reasons["triton"]
   assert "32 bits" in reason(length=2**22).reasons["triton"]
   assert reason(width=256).chosen == "xla"
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  with jax.set_mesh(mesh):
+    assert "gather the operands" in reason().reasons["triton"]
 
 
 @pytest.mark.gpu

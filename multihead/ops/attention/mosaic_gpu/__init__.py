@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from multihead.ops import manual_axes
+
 
 def supports(args: dict[str, Any]) -> str | None:
   """None if the kernels compute exactly this call, else the first limit."""
@@ -47,7 +49,7 @@ def _option_limit(args: dict[str, Any]) -> str | None:
     )
   if args["scale"] <= 0:
     return f"needs a positive scale, got {args['scale']}; xla takes any"
-  return None
+  return manual_axes.refusal()
 
 
 def run(**args: Any) -> jax.Array | tuple[jax.Array, jax.Array]:

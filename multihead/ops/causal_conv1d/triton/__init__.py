@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from multihead.ops import triton_compat
+from multihead.ops import manual_axes, triton_compat
 
 _WIDEST = 8  # taps of a channel that fit into registers
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -28,15 +28,7 @@ def supports(args: dict[str, Any]) -> str | None:
     return f"keeps at most {_WIDEST} taps in registers, got {width}"
   if 0 in x.shape:
     return f"x {x.shape} is empty"
-  mesh = jax.sharding.get_abstract_mesh()
-  automatic = [name for name in mesh.auto_axes if mesh.shape[name] > 1]
-  if automatic:
-    return (
-      "the compiler cannot split a kernel over the mesh axes "
-      f"{', '.join(automatic)} and would gather x: call it in a shard_map, as "
-      "multihead.parallel does"
-    )
-  return None
+  return manual_axes.refusal()
 
 
 def run(

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from multihead.ops import manual_axes
+
 _LARGEST = 64  # states of a channel that fit into registers
 _FEWEST = 16  # channels that are worth a program, which has room for 32
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -39,7 +41,7 @@ def supports(args: dict[str, Any]) -> str | None:
       f"needs at least {_FEWEST} channels for each group of B and C, got "
       f"{per_group}"
     )
-  return None
+  return manual_axes.refusal()
 
 
 def run(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:

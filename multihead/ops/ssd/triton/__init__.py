@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from multihead.ops import manual_axes, triton_compat
+
 _DTYPES = ("bfloat16", "float16")
 _LARGEST_WIDTH = 128  # H
 _LARGEST_STATE = 128 * 256  # H M, what the registers of a program hold
@@ -33,8 +35,8 @@ def supports(args: dict[str, Any]) -> str | None:
     )
   if x.shape[1] * max(x.shape[2] * width, B.shape[2] * size) >= 2**31:
     return f"addresses a row of the batch in 32 bits, too few for x {x.shape}"
-  from multihead.ops import triton_compat
-
+  if (reason := manual_axes.refusal()) is not None:
+    return reason
   return triton_compat.refusal()
 
 
