@@ -49,7 +49,7 @@ _VARIANTS = {
   ),
   "deep": dict(
     model=dict(variant="deep"), total_steps=6000, log_every_steps=300, seeds=3,
-    optimizer=dict(clip_norm=10.0, **_FALLING),
+    optimizer=dict(lr=3e-3, clip_norm=10.0, **_FALLING),
   ),
   "softmax": dict(
     study="softmax", model=dict(variant="softmax", init_scale=0.05),
@@ -78,8 +78,8 @@ _VARIANTS = {
   ),
   "copy_paper": dict(
     study="copy", model=dict(variant="copy", implementation="xla"),
-    task=dict(layout="classic"), optimizer=dict(clip_norm=10.0),
-    total_steps=20_000, log_every_steps=200, batch_size=2048, eval_tasks=10_000,
+    task=dict(layout="classic"), optimizer=dict(clip_norm=10.0, lr=4e-3),
+    total_steps=10_000, log_every_steps=200, batch_size=2048, eval_tasks=10_000,
   ),
 }  # fmt: skip
 

@@ -68,10 +68,17 @@ def main() -> None:
     common.say(f"copy: {facts['copy']}")
   loads = [_load()]
   results = []
-  for case in cases:
-    common.say(f"{case.name} ...")
-    results += timing.run(case, _REPEATS.value, _MOST_SECONDS)
+  now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+  for number, case in enumerate(cases, 1):
+    common.say(f"{number}/{len(cases)} {case.name} ...")
+    found = timing.run(case, _REPEATS.value, _MOST_SECONDS)
     loads.append(_load())
+    for result in found:
+      common.say(f"  {result.contender}: {_told(result)}")
+    if workdir is not None:
+      # Case by case: what was timed survives a run that is cut short.
+      _append(workdir, now, facts | {"load": loads[-1]}, found, peak)
+    results += found
   facts["load average a core"] = ", ".join(f"{load:.1f}" for load in loads)
   text = timing.table(results, peak, bandwidth)
   # Threads that wait by spinning lose most: a ratio would flatter us.
@@ -82,7 +89,11 @@ def main() -> None:
     )
   common.say("\n" + text)
   if workdir is not None:
-    _write(workdir, facts, results, peak, text)
+    _report(workdir, now, facts, results, text)
+
+
+def _told(result: timing.Result) -> str:
+  return f"{1e3 * result.median:.4g} ms" if result.seconds else result.reason
 
 
 def machine() -> dict[str, str]:
@@ -153,16 +164,15 @@ def _cases(suite: Any) -> Sequence[timing.Case]:
   return chosen
 
 
-def _write(
+def _append(
   workdir: pathlib.Path,
-  facts: dict[str, str],
+  now: str,
+  facts: dict[str, Any],
   results: Sequence[timing.Result],
   peak: float | None,
-  text: str,
 ) -> None:
+  """A line in metrics.jsonl for each contender."""
   workdir.mkdir(parents=True, exist_ok=True)
-  now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-  numbers = {}
   with (workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
     for result in results:
       case = result.case
@@ -179,20 +189,33 @@ def _write(
           "first_call_seconds": result.first,
           f"{case.unit}_per_second": result.rate,
         }
-        key = f"{case.name}/{result.contender}/{case.unit}_per_second"
-        numbers[key] = result.rate
         if result.memory is not None:
           line["peak_bytes"] = result.memory
         if result.flops is not None:
           line |= {"flops_per_second": result.flops, "peak": peak}
         if result.speedup is not None:
           line["speedup_of_multihead"] = result.speedup
-          numbers[f"{case.name}/speedup_over_{result.contender}"] = (
-            result.speedup
-          )
       else:
         line["reason"] = result.reason
       file.write(json.dumps(line) + "\n")
+
+
+def _report(
+  workdir: pathlib.Path,
+  now: str,
+  facts: dict[str, str],
+  results: Sequence[timing.Result],
+  text: str,
+) -> None:
+  """The newest numbers, the table and its figure."""
+  numbers = {}
+  for result in results:
+    if not result.seconds:
+      continue
+    case, name = result.case, result.contender
+    numbers[f"{case.name}/{name}/{case.unit}_per_second"] = result.rate
+    if result.speedup is not None:
+      numbers[f"{case.name}/speedup_over_{name}"] = result.speedup
   (workdir / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
   # A run of the same suite does not overwrite the figure of an earlier one.
   image = f"{_SUITE.value}-{re.sub(r'[^0-9]', '', now[:19])}.png"

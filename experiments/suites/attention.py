@@ -79,7 +79,6 @@ def _case(
     batch * length,
     contenders,
     flops=flops * (3.5 if backward else 1),
-    calls=calls,
   )
 
 

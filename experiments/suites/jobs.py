@@ -62,6 +62,7 @@ def jax_job(
     use = jitted.lower(arrays, dy).compile().memory_analysis()
     return use.temp_size_in_bytes + use.output_size_in_bytes
 
+  job.calls = calls
   job.peak_memory = peak_memory
   return job
 
@@ -122,6 +123,7 @@ def torch_job(
     job()
     return torch.cuda.max_memory_allocated() - before
 
+  job.calls = calls
   job.peak_memory = peak_memory
   return job
 

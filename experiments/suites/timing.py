@@ -20,7 +20,9 @@ from absl import logging
 
 OURS = "multihead"
 
-# Does the job and returns when it is done. It may have an attribute
+# Does the job and returns when it is done. It may have attributes `calls`, how
+# many calls it makes before it waits for the device (1 without it), so that
+# short ones are not timed by what a single one costs to launch, and
 # `peak_memory`: a function that does the job once and returns the bytes that it
 # needs beside its inputs, or None where nobody knows.
 Job = Callable[[], Any]
@@ -32,7 +34,7 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A job and those who do it.
+  """A job and those who do it; every number is of one call.
 
   Attributes:
     name: of the job, with its sizes.
@@ -44,9 +46,6 @@ class Case:
     flops: floating-point operations of one call, by the formula of the model
       (recomputation does not count); None where that says nothing.
     traffic: bytes that one call must read and write at least; None likewise.
-    calls: how many calls a job makes before it waits for the device, so that
-      short ones are not timed by what a single one costs to launch. Every
-      number here and in the results is of one call.
   """
 
   name: str
@@ -55,7 +54,6 @@ class Case:
   unit: str = "tokens"
   flops: float | None = None
   traffic: float | None = None
-  calls: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +130,7 @@ def run(
     if sum(map(sum, seconds.values())) > most_seconds:
       break
     for name, job in jobs.items():
-      seconds[name].append(_clock(job) / case.calls)
+      seconds[name].append(_clock(job) / getattr(job, "calls", 1))
   jobs.clear()
   gc.collect()
   for name, times in seconds.items():

@@ -1,10 +1,14 @@
 """`experiments.benchmark`: fair turns, honest tables, mistakes in one line."""
 
 import json
+import types
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
+from experiments import benchmark
 from experiments.suites import falcon_h1, timing
 from multihead import models
 from multihead.parallel import sharding
@@ -66,8 +70,13 @@ def test_a_long_case_ends_early_with_whole_turns(monkeypatch):
 
 def test_numbers_are_of_one_call(monkeypatch):
   clock = Clock(monkeypatch)
-  contenders = {"multihead": clock.contender("multihead", [8])}
-  case = timing.Case("case", 6, contenders, calls=4, traffic=3e9)
+
+  def prepare():
+    job = clock.contender("multihead", [8])()
+    job.calls = 4
+    return job
+
+  case = timing.Case("case", 6, {"multihead": prepare}, traffic=3e9)
   [result] = timing.run(case, repeats=2)
   assert (result.seconds, result.rate) == ((2, 2), 3)
   head, _, row = timing.table([result], None, bandwidth=1e9).splitlines()
@@ -193,6 +202,27 @@ def test_tiny_suite_without_peers(tmp_path):
   assert report.count("# falcon_h1, ") == 2
   numbers = json.loads((tmp_path / "out" / "metrics.json").read_text())
   assert list(numbers) == ["prefill B2 T16/multihead/tokens_per_second"]
+
+
+def test_what_was_timed_survives_an_interruption(tmp_path, monkeypatch):
+  def interrupted():
+    raise KeyboardInterrupt
+
+  cases = [
+    timing.Case("first", 1, {"multihead": lambda: lambda: None}),
+    timing.Case("second", 1, {"multihead": lambda: interrupted}),
+  ]
+  suite = types.SimpleNamespace(cases=lambda tiny: cases)
+  monkeypatch.setattr(benchmark, "_suite", lambda name: suite)
+  flags.FLAGS.mark_as_parsed()
+  with (
+    flagsaver.flagsaver(workdir=str(tmp_path / "out"), repeats=2),
+    pytest.raises(KeyboardInterrupt),
+  ):
+    benchmark.main()
+  [line] = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+  line = json.loads(line)
+  assert (line["case"], len(line["seconds"])) == ("first", 2)
 
 
 def test_mistakes_get_one_line_and_exit_code_2(tmp_path):

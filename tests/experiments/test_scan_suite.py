@@ -14,7 +14,6 @@ def test_traffic_counts_every_array_once():
   case = scan._scan_case((8, 2048, 1536, 16), "bfloat16", False, 20)
   wide, narrow = 8 * 2048 * 1536, 8 * 2048 * 16
   assert case.traffic == 2 * (3 * wide + 2 * narrow)
-  assert case.calls == 20
   both = scan._scan_case((8, 2048, 1536, 16), "bfloat16", True, 20)
   # The backward pass reads u, delta, B, C, dy and writes four gradients.
   assert both.traffic - case.traffic == 2 * (5 * wide + 4 * narrow)
