@@ -104,10 +104,16 @@ def attention(
   q_offset: int | jax.Array | None = None,
   q_segment_ids: jax.Array | None = None,
   kv_segment_ids: jax.Array | None = None,
+  kv_lengths: int | jax.Array | None = None,
+  sinks: jax.Array | None = None,
+  dropout_key: jax.Array | None = None,
   return_lse: bool = False,
   **kwargs: Any,
 ) -> Any:
-  """`ops.attention` on local shards; same arguments and results."""
+  """`ops.attention` on local shards; same arguments and results.
+
+  The weights that dropout keeps depend on the mesh: shards draw on their own.
+  """
   sizes = context_axes()
   arrays = dict(
     q=q,
@@ -117,10 +123,16 @@ def attention(
     mask=mask,
     q_segment_ids=q_segment_ids,
     kv_segment_ids=kv_segment_ids,
+    sinks=sinks,
+    dropout_key=dropout_key,
   )
   if not sizes:
     return ops.attention(
-      **arrays, q_offset=q_offset, return_lse=return_lse, **kwargs
+      **arrays,
+      q_offset=q_offset,
+      kv_lengths=kv_lengths,
+      return_lse=return_lse,
+      **kwargs,
     )
   length, keys = q.shape[1], k.shape[1]
   batch = split(q.shape[0], BATCH_AXES, sizes)
@@ -134,8 +146,12 @@ def attention(
   if static and sequence:
     q_offset, static = jnp.int32(q_offset), False
   arrays["q_offset"] = None if static else jnp.asarray(q_offset)
+  if kv_lengths is not None and not isinstance(kv_lengths, int):
+    arrays["kv_lengths"] = jnp.asarray(kv_lengths)
+  else:
+    kwargs["kv_lengths"] = kv_lengths
 
-  def run(*, q, k, v, q_offset, kv_segment_ids, **rest):
+  def run(*, q, k, v, q_offset, kv_segment_ids, dropout_key, **rest):
     if sequence:
       k, v, kv_segment_ids = jax.tree.map(
         lambda x: jax.lax.all_gather(x, "sequence", axis=1, tiled=True),
@@ -144,10 +160,13 @@ def attention(
       q_offset += jax.lax.axis_index("sequence") * q.shape[1]
     if heads and not kv_heads:
       k, v = (_local_heads(x, q.shape[2], "tensor") for x in (k, v))
+    for axis in varying if dropout_key is not None else ():
+      dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis))
     return ops.attention(
       q,
       k,
       v,
+      dropout_key=dropout_key,
       q_offset=static_offset if q_offset is None else q_offset,
       kv_segment_ids=kv_segment_ids,
       return_lse=return_lse,
@@ -156,6 +175,8 @@ def attention(
     )
 
   static_offset = q_offset if static else None
+  varying = sum((axes for axes in (batch, heads, sequence) if axes), ())
+  per_item = lambda x: (None if x.size == 1 else batch,) * x.ndim
   kv = (batch, sequence, kv_heads, None)
   full = (batch, heads, sequence, None)
   specs = dict(
@@ -164,8 +185,12 @@ def attention(
     v=kv,
     q_segment_ids=(batch, sequence),
     kv_segment_ids=(batch, sequence),
-    q_offset=() if static or not jnp.ndim(q_offset) else (batch,),
+    sinks=(heads,),
+    dropout_key=(),
   )
+  for name in ("q_offset", "kv_lengths"):
+    if arrays.get(name) is not None:
+      specs[name] = per_item(arrays[name])
   for name, x in (("bias", bias), ("mask", mask)):
     if x is not None:
       specs[name] = _spread(x.shape, full)

@@ -1,11 +1,21 @@
 """The public function of this package: `attention`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from multihead.ops import dispatch
-from multihead.ops.attention import checks, cudnn, mosaic_gpu, reference, xla
+from multihead.ops.attention import (
+  checks,
+  cudnn,
+  dropout,
+  mosaic_gpu,
+  reference,
+  xla,
+)
+from multihead.ops.attention import sinks as sinks_
 
 _IMPLEMENTATIONS = {
   "mosaic_gpu": mosaic_gpu,
@@ -33,6 +43,11 @@ def attention(
   softcap: float | None = None,
   q_segment_ids: Int[Array, "B T"] | None = None,
   kv_segment_ids: Int[Array, "B S"] | None = None,
+  kv_lengths: int | Int[Array, "#B"] | None = None,
+  sinks: Float[Array, "N"] | None = None,
+  dropout_rate: float = 0.0,
+  dropout_key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
+  deterministic: bool = False,
   return_lse: bool = False,
   implementation: dispatch.Implementation = None,
 ) -> (
@@ -70,6 +85,19 @@ def attention(
     q_segment_ids: [B, T] integers. A row keeps the keys of equal id; given
       together with kv_segment_ids.
     kv_segment_ids: [B, S] integers.
+    kv_lengths: how many keys there are: keys j >= kv_lengths are invisible, be
+      they padding or NaN. An int, or an integer array with one per batch item.
+      The default of q_offset stays S - T.
+    sinks: [N], one more logit per query head, without a value: it enters the
+      denominator of the softmax and lse; differentiable. A row without keys
+      gives zeros and lse = sink.
+    dropout_rate: share in [0, 1) of the weights that is dropped after the
+      softmax; the others grow by 1 / (1 - rate). lse knows nothing of it.
+    dropout_key: a key of jax.random, given if and only if the rate is above 0.
+      The kept weights depend on it and on (b, n, i, j) alone: they are the same
+      in every implementation, and again in the backward pass.
+    deterministic: whether only an implementation may run whose gradients are
+      the same bits in every run on one device.
     return_lse: whether to return also the natural log of the sum of the
       exponentials of each row's logits; differentiable.
     implementation: "mosaic_gpu" (Hopper), "cudnn", "xla" (memory linear in T
@@ -98,6 +126,14 @@ def attention(
   full = (B, N, T, S)
   if scale is None:
     scale = H**-0.5
+  if sinks is not None:
+    sinks = sinks_.check(sinks, N)
+  rate = checks.rate("dropout_rate", dropout_rate)
+  if (rate > 0) != (dropout_key is not None):
+    raise ValueError(
+      "dropout_key goes with a dropout_rate above 0 and only with one; got "
+      f"dropout_rate={rate} {'without' if rate else 'with'} a key"
+    )
   args = {
     "q": q,
     "k": k,
@@ -110,8 +146,16 @@ def attention(
     "window": checks.window(window),
     "softcap": checks.softcap(softcap),
     **_segments(q_segment_ids, kv_segment_ids, B, T, S),
-    "return_lse": bool(return_lse),
+    "kv_lengths": None,
+    "dropout_rate": rate,
+    "dropout_words": dropout.words(dropout_key) if rate else None,
+    "deterministic": bool(deterministic),
+    "return_lse": bool(return_lse) or sinks is not None,
   }
+  if kv_lengths is not None:
+    lengths = checks.per_item("kv_lengths", kv_lengths, B, S)
+    args |= _shortened(args, lengths)
+    full = (B, N, T, args["k"].shape[1])
   module = dispatch.select(
     "attention",
     _IMPLEMENTATIONS,
@@ -123,8 +167,13 @@ def attention(
     # No key or no query: every row is empty.
     out = jnp.zeros((B, T, N, v.shape[-1]), q.dtype)
     lse = jnp.full((B, N, T), -jnp.inf, jnp.promote_types(q.dtype, "float32"))
-    return (out, lse) if return_lse else out
-  return module.run(**args)
+    result = (out, lse) if args["return_lse"] else out
+  else:
+    result = module.run(**args)
+  if sinks is None:
+    return result
+  out, lse = sinks_.add(*result, sinks)
+  return (out, lse) if return_lse else out
 
 
 def _preference(T: int, width: int, v_width: int) -> tuple[str, ...]:
@@ -137,6 +186,23 @@ def _preference(T: int, width: int, v_width: int) -> tuple[str, ...]:
   if width in _MOSAIC_WIDTHS and v_width in _MOSAIC_WIDTHS:
     return "mosaic_gpu", "cudnn", "xla"
   return "cudnn", "mosaic_gpu", "xla"
+
+
+def _shortened(
+  args: dict[str, Any], lengths: int | jax.Array
+) -> dict[str, Any]:
+  """What kv_lengths changes: an int cuts the keys, an array is passed on."""
+  if not isinstance(lengths, int):
+    return {"kv_lengths": lengths}
+  if lengths < 0:
+    raise ValueError(f"kv_lengths must be at least 0, got {lengths}")
+  cut = {name: args[name][:, :lengths] for name in ("k", "v")}
+  for name in ("bias", "mask"):
+    if (x := args[name]) is not None and x.shape[3] > 1:
+      cut[name] = x[..., :lengths]
+  if (ids := args["kv_segment_ids"]) is not None:
+    cut["kv_segment_ids"] = ids[:, :lengths]
+  return cut
 
 
 def _broadcastable(

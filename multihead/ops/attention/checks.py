@@ -112,3 +112,11 @@ def number(name: str, x: float) -> float:
   if not math.isfinite(x):
     raise ValueError(f"{name} must be finite, got {x}")
   return x
+
+
+def rate(name: str, x: float) -> float:
+  """A share in [0, 1), known while tracing."""
+  value = number(name, x)
+  if not 0 <= value < 1:
+    raise ValueError(f"{name} must lie in [0, 1), got {x}")
+  return value

@@ -63,7 +63,16 @@ def _option_limit(args: dict[str, Any]) -> str | None:
   if T % 2 or S % 2:
     return f"has a gradient for even lengths only, got T={T} and S={S}"
   if args["return_lse"]:
-    return "returns lse in the inputs' dtype and without its gradient"
+    return (
+      "returns lse, which sinks need too, in the inputs' dtype and without its "
+      "gradient"
+    )
+  if args["deterministic"]:
+    return "does not promise the same bits in every run"
+  if args["dropout_rate"]:
+    return "draws the weights that dropout keeps in a way of its own"
+  if args["kv_lengths"] is not None:
+    return "does not promise zeros for a sequence without keys"
   if args["softcap"] is not None:
     return "has no softcap"
   if args["q_segment_ids"] is not None:

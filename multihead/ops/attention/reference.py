@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from multihead.ops.attention import dropout
+
 
 def supports(args: dict[str, Any]) -> str | None:
   """Always None: everything, everywhere, as far as memory goes."""
@@ -31,9 +33,14 @@ def run(
   softcap: float | None,
   q_segment_ids: jax.Array | None,
   kv_segment_ids: jax.Array | None,
+  kv_lengths: jax.Array | None = None,
+  dropout_rate: float = 0.0,
+  dropout_words: jax.Array | None = None,
+  deterministic: bool = False,
   return_lse: bool,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """See `multihead.ops.attention`; arguments are checked there."""
+  del deterministic  # It always is.
   dtype, out_dtype = jnp.promote_types(q.dtype, jnp.float32), q.dtype
   q, k, v = (x.astype(dtype) for x in (q, k, v))
   group = q.shape[2] // k.shape[2]
@@ -47,6 +54,7 @@ def run(
     window,
     q_segment_ids,
     kv_segment_ids,
+    kv_lengths,
   )
 
   # A NaN or Inf must hurt what sees it and nothing else, but 0 * NaN is NaN:
@@ -74,6 +82,11 @@ def run(
   total = jnp.where(empty, 1, total)
   # In a row that sees a NaN also the weights of what it does not see are NaN.
   p = jnp.where(keep, p / total, 0)
+  if dropout_words is not None:
+    B, N, T, S = p.shape
+    states = dropout.all_row_states(dropout_words, B, N, T)[..., None]
+    columns = jnp.arange(S, dtype=jnp.uint32)
+    p = p * dropout.factors(dropout_rate, states, columns, dtype)
   out = jnp.einsum("bnts,bsnh->btnh", p, v, precision=precision)
   # No news for the values, but it stops a NaN in an empty row's cotangent.
   out = jnp.where(jnp.moveaxis(empty, 1, 2), 0, out).astype(out_dtype)
@@ -92,6 +105,7 @@ def _visible(
   window: tuple[int | None, int | None],
   q_segment_ids: jax.Array | None,
   kv_segment_ids: jax.Array | None,
+  kv_lengths: jax.Array | None,
 ) -> jax.Array:
   """[B, N, T, S] bool: whether row i may attend to key j."""
   B, T, N, _ = q_shape
@@ -111,4 +125,6 @@ def _visible(
   if q_segment_ids is not None:
     same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
     keep &= same[:, None]
+  if kv_lengths is not None:
+    keep &= key < kv_lengths[:, None, None, None]
   return keep

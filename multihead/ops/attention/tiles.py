@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from multihead.ops.attention import dropout
+
 Range = tuple[int | jax.Array, int]
 
 
@@ -30,6 +32,7 @@ class Spec:
     offset: position of row 0, None if it is an operand.
     restricted: whether any logit may be hidden.
     dtype: of softmax and accumulation.
+    dropout: share of the weights to drop.
   """
 
   scale: float
@@ -39,6 +42,7 @@ class Spec:
   offset: int | None
   restricted: bool
   dtype: str
+  dropout: float = 0.0
 
 
 class Operands(NamedTuple):
@@ -53,6 +57,8 @@ class Operands(NamedTuple):
     offset: [B] int32 where the spec has none, else None.
     q_ids: [B, T] or None.
     kv_ids: [B, S] or None.
+    lengths: [B] int32, keys of each batch item; or None.
+    states: [B, K, G, T] uint32, see dropout.py; or None.
     length: number of keys that are no padding.
     heads_first: the order of the axes of k and v.
   """
@@ -65,6 +71,8 @@ class Operands(NamedTuple):
   offset: jax.Array | None
   q_ids: jax.Array | None
   kv_ids: jax.Array | None
+  lengths: jax.Array | None
+  states: jax.Array | None
   length: int
   heads_first: bool = True
 
@@ -78,6 +86,8 @@ def operands(
   offset: jax.Array | None,
   q_ids: jax.Array | None,
   kv_ids: jax.Array | None,
+  lengths: jax.Array | None = None,
+  words: jax.Array | None = None,
   *,
   padding: tuple[int, int] = (0, 0),
   heads_first: bool = True,
@@ -93,12 +103,22 @@ def operands(
     offset: [B].
     q_ids: [B, T].
     kv_ids: [B, S].
+    lengths: [B].
+    words: of the key of dropout.
     padding: rows and columns to append.
     heads_first: False leaves k and v as they are, for a tile so thin that
       moving them would cost more than the work itself.
   """
   rows, columns = padding
-  groups = k.shape[2]
+  (B, T, N, _), groups = q.shape, k.shape[2]
+  states = None
+  if words is not None:
+    states = dropout.all_row_states(words, B, N, T)
+    states = pad(states.reshape(B, groups, -1, T), 3, rows)
+  # The id next to it: padding does not widen the range of a block's ids.
+  ids = lambda x, amount: (
+    x if x is None else jnp.pad(x, ((0, 0), (0, amount)), mode="edge")
+  )
   grid = lambda x: pad(
     pad(_split_heads(x, 1, groups), 3, rows, broadcast=True),
     4,
@@ -112,8 +132,10 @@ def operands(
     bias=None if bias is None else grid(bias),
     mask=None if mask is None else grid(mask),
     offset=offset,
-    q_ids=None if q_ids is None else pad(q_ids, 1, rows),
-    kv_ids=None if kv_ids is None else pad(kv_ids, 1, columns),
+    q_ids=ids(q_ids, rows),
+    kv_ids=ids(kv_ids, columns),
+    lengths=lengths,
+    states=states,
     length=k.shape[1],
     heads_first=heads_first,
   )
@@ -231,6 +253,18 @@ def mix(spec: Spec, ops: Operands, p: jax.Array, columns: Range) -> jax.Array:
   return jnp.sum(jnp.where(_own_head(K), out, 0), axis=4)
 
 
+def dropped(
+  spec: Spec, ops: Operands, x: jax.Array, rows: Range, columns: Range
+) -> jax.Array:
+  """x, a tile, times what dropout multiplies the weights by."""
+  if ops.states is None:
+    return x
+  states = take(ops.states, 3, rows)[..., None]
+  start, size = columns
+  j = jnp.uint32(start) + jnp.arange(size, dtype=jnp.uint32)
+  return x * dropout.factors(spec.dropout, states, j, spec.dtype)
+
+
 def _own_head(K: int) -> jax.Array:
   return jnp.eye(K, dtype=bool)[:, None, None, :, None]
 
@@ -262,6 +296,9 @@ def visible(
       parts.append(ahead <= right)
   if ops.k.shape[2 if ops.heads_first else 1] > ops.length:
     parts.append(j + jnp.arange(s, dtype=jnp.int32) < ops.length)
+  if ops.lengths is not None:
+    lengths = ops.lengths[:, None, None, None, None]
+    parts.append(j + jnp.arange(s, dtype=jnp.int32) < lengths)
   if ops.mask is not None:
     parts.append(take(take(ops.mask, 3, rows), 4, columns))
   if ops.q_ids is not None:

@@ -49,9 +49,14 @@ def run(
   softcap: float | None,
   q_segment_ids: jax.Array | None,
   kv_segment_ids: jax.Array | None,
+  kv_lengths: jax.Array | None,
+  dropout_rate: float,
+  dropout_words: jax.Array | None,
+  deterministic: bool,
   return_lse: bool,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """See `multihead.ops.attention`; arguments are checked there."""
+  del deterministic  # It always is.
   T, S = q.shape[1], k.shape[1]
   left, right = positions.bounds(causal, window, q_offset, T, S)
   positional = left is not None or right is not None
@@ -64,8 +69,10 @@ def run(
     left=left,
     right=right,
     offset=q_offset if static else None,
-    restricted=positional or mask is not None or q_segment_ids is not None,
+    restricted=positional
+    or any(x is not None for x in (mask, q_segment_ids, kv_lengths)),
     dtype=jnp.promote_types(q.dtype, jnp.float32).name,
+    dropout=dropout_rate,
   )
   q, k, v, *rest = manual_axes.alike(
     q,
@@ -76,6 +83,8 @@ def run(
     None if static else q_offset,
     q_segment_ids,
     kv_segment_ids,
+    kv_lengths,
+    dropout_words,
   )
   out, lse = _attention(spec, q, k, v, *rest)
   return (out, lse) if return_lse else out
@@ -218,6 +227,8 @@ def _one_tile(
   top = running.finite(jnp.max(x, axis=-1, keepdims=True))
   p = jnp.exp(x - top)
   total = jnp.sum(p, axis=-1, keepdims=True)
+  # The sum is of all weights: dropout comes after the softmax.
+  p = tiles.dropped(spec, ops, p, rows, columns)
   return running.normalise(tiles.mix(spec, ops, p, columns), total, top)
 
 
@@ -252,7 +263,26 @@ def _column_blocks(
   start, stop = positions.column_range(
     spec.left, spec.right, i, i + t - 1, _offsets(spec, ops), ops.length
   )
-  return start // s, _ceil(stop, s)
+  if ops.lengths is not None:
+    stop = jnp.minimum(stop, jnp.max(ops.lengths))
+  start, stop = start // s, _ceil(stop, s)
+  if ops.q_ids is None:
+    return start, stop
+  # Documents that are packed one after the other have a band of blocks.
+  near = _near_blocks(ops, i, t, s)
+  blocks = jnp.arange(near.size, dtype=jnp.int32)
+  first = jnp.min(jnp.where(near, blocks, near.size))
+  last = jnp.max(jnp.where(near, blocks, -1))
+  return jnp.maximum(start, first), jnp.minimum(stop, last + 1)
+
+
+def _near_blocks(ops: Operands, i: jax.Array, t: int, s: int) -> jax.Array:
+  """bool [S // s]: blocks of keys whose range of ids meets that of the rows."""
+  q_ids = lax.dynamic_slice_in_dim(ops.q_ids, i, t, axis=1)
+  kv_ids = ops.kv_ids.reshape(ops.kv_ids.shape[0], -1, s)
+  low, high = (f(q_ids, axis=1)[:, None] for f in (jnp.min, jnp.max))
+  near = (jnp.min(kv_ids, axis=2) <= high) & (jnp.max(kv_ids, axis=2) >= low)
+  return jnp.any(near, axis=0)
 
 
 def _forward_loop(
@@ -278,7 +308,8 @@ def _forward_loop(
     def column_block(j, state):
       columns = (j * s, s)
       x = _hidden_logits(spec, ops, poison, rows, columns)
-      mix = lambda p: tiles.mix(spec, ops, p, columns)
+      drop = lambda p: tiles.dropped(spec, ops, p, rows, columns)
+      mix = lambda p: tiles.mix(spec, ops, drop(p), columns)
       return running.merge(state, x, mix)
 
     state = running.start(shape, v.shape[-1], spec.dtype, ops.q)
@@ -364,6 +395,7 @@ def _add_tile(
   if keep is not None:
     p = jnp.where(keep, p, 0)
   d_p = tiles.dot("bkgth,bksh->bkgts", d_out, v, spec)
+  d_p = tiles.dropped(spec, ops, d_p, rows, columns)
   d_x = p * (d_p - delta[..., None])
   d_k, d_v, d_bias = sums
   if d_bias is not None:
@@ -372,7 +404,8 @@ def _add_tile(
     d_bias = tiles.add(d_bias, part, {3: rows[0], 4: columns[0]})
   if slope is not None:
     d_x = d_x * slope
-  p, d_x = p.astype(q.dtype), d_x.astype(q.dtype)
+  p = tiles.dropped(spec, ops, p, rows, columns).astype(q.dtype)
+  d_x = d_x.astype(q.dtype)
   d_q = spec.scale * tiles.dot("bkgts,bksh->bkgth", d_x, k, spec)
   part = tiles.dot("bkgts,bkgth->bksh", d_x, q, spec)
   d_k = tiles.add(d_k, part, {2: columns[0]})

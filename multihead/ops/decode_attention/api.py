@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from multihead.ops import dispatch
 from multihead.ops.attention import checks
+from multihead.ops.attention import sinks as sinks_
 from multihead.ops.decode_attention import pages, reference, xla
 
 _IMPLEMENTATIONS = {"xla": xla, "reference": reference}
@@ -24,6 +25,7 @@ def decode_attention(
   scale: float | None = None,
   window: tuple[int | None, int | None] | None = None,
   softcap: float | None = None,
+  sinks: Float[Array, "N"] | None = None,
   page_table: Int[Array, "B pages"] | None = None,
   return_lse: bool = False,
   implementation: dispatch.Implementation = None,
@@ -58,6 +60,8 @@ def decode_attention(
     window: (left, right) keeps keys from `left` before a query's position;
       None is no bound. `right` never binds, as no query sees ahead.
     softcap: bound of the logits, softcap * tanh(x / softcap); positive.
+    sinks: [N], one more logit per query head, without a value, as in
+      `ops.attention`.
     page_table: [B, pages] integers. Keys i * page to (i + 1) * page - 1 of item
       b lie in page page_table[b, i] of both pools, and S = pages * page. Slots
       at or past kv_lengths may hold any number. In a slot in use, a number
@@ -87,6 +91,8 @@ def decode_attention(
   B, T, N, H = q.shape
   page_table = _page_table(page_table, B)
   S = pages.length(k, page_table)
+  if sinks is not None:
+    sinks = sinks_.check(sinks, N)
   args = {
     "q": q,
     "k": k,
@@ -96,7 +102,7 @@ def decode_attention(
     "window": checks.window(window),
     "softcap": checks.softcap(softcap),
     "page_table": page_table,
-    "return_lse": bool(return_lse),
+    "return_lse": bool(return_lse) or sinks is not None,
   }
   module = dispatch.select(
     "decode_attention", _IMPLEMENTATIONS, _PREFERENCE, implementation, args
@@ -105,8 +111,13 @@ def decode_attention(
     # No key or no query: every row is empty.
     out = jnp.zeros((B, T, N, v.shape[-1]), q.dtype)
     lse = jnp.full((B, N, T), -jnp.inf, jnp.promote_types(q.dtype, "float32"))
-    return (out, lse) if return_lse else out
-  return module.run(**args)
+    result = (out, lse) if args["return_lse"] else out
+  else:
+    result = module.run(**args)
+  if sinks is None:
+    return result
+  out, lse = sinks_.add(*result, sinks)
+  return (out, lse) if return_lse else out
 
 
 def _page_table(table: jax.Array | None, batch: int) -> jax.Array | None:

@@ -43,6 +43,10 @@ def _option_limit(args: dict[str, Any]) -> str | None:
     return "has no mask; xla has it"
   if args["q_segment_ids"] is not None:
     return "has no segment ids; xla has them"
+  if args["kv_lengths"] is not None:
+    return "has no kv_lengths per batch item; xla has them"
+  if args["dropout_rate"]:
+    return "has no dropout; xla has it"
   if not isinstance(args["q_offset"], int):
     return (
       "needs q_offset to be known while tracing, got an array; xla takes one"
