@@ -28,7 +28,7 @@ from multihead.ops.attention.mosaic_gpu import (
   forward,
   visibility,
 )
-from tests.ops.test_attention import draw, oracle
+from tests.ops.attention_cases import draw, oracle
 
 WIDTHS = (64, 128, 192, 256)
 KERNELS = ("forward", "queries", "keys")
