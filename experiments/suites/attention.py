@@ -53,7 +53,7 @@ def _case(
   ours = functools.partial(ops.attention, causal=causal)
   named = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
   contenders = {OURS: functools.partial(make, ours)}
-  for name in ("mosaic_gpu", "xla") if gpu else ("reference",):
+  for name in ("mosaic_gpu", "triton", "xla") if gpu else ("reference",):
     contenders[f"{OURS} {name}"] = functools.partial(
       make, functools.partial(ours, implementation=name)
     )

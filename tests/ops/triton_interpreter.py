@@ -29,6 +29,7 @@ def use(monkeypatch, package):
   spec.loader.exec_module(kernels)
   monkeypatch.setattr(package, "kernels", kernels, raising=False)
   monkeypatch.setattr(triton_compat, "refusal", lambda: None)
+  _allow_bounds(monkeypatch)
 
   def to_torch(array):
     array = np.asarray(array)
@@ -52,3 +53,22 @@ def use(monkeypatch, package):
     return tuple(jax.pure_callback(launch, tuple(out), *inputs))
 
   monkeypatch.setattr(triton_compat, "call", call)
+
+
+def _allow_bounds(monkeypatch):
+  """Numbers that a kernel computes as bounds of its loops.
+
+  The interpreter has them as arrays of one element, which newer numpy does not
+  take for an integer.
+  """
+  from triton.runtime import interpreter
+
+  patch = interpreter._patch_lang_tensor
+
+  def patch_all(tensor, scope):
+    patch(tensor, scope)
+    scope.set_attr(
+      tensor, "__index__", lambda self: int(self.handle.data.item())
+    )
+
+  monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_all)

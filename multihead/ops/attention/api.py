@@ -13,6 +13,7 @@ from multihead.ops.attention import (
   dropout,
   mosaic_gpu,
   reference,
+  triton,
   xla,
 )
 from multihead.ops.attention import sinks as sinks_
@@ -20,6 +21,7 @@ from multihead.ops.attention import sinks as sinks_
 _IMPLEMENTATIONS = {
   "mosaic_gpu": mosaic_gpu,
   "cudnn": cudnn,
+  "triton": triton,
   "xla": xla,
   "reference": reference,
 }
@@ -182,10 +184,10 @@ def _preference(T: int, width: int, v_width: int) -> tuple[str, ...]:
   The reference holds [B, N, T, S] arrays: it runs only when it is named.
   """
   if T < _MOSAIC_ROWS:
-    return "cudnn", "xla"
+    return "cudnn", "triton", "xla"
   if width in _MOSAIC_WIDTHS and v_width in _MOSAIC_WIDTHS:
-    return "mosaic_gpu", "cudnn", "xla"
-  return "cudnn", "mosaic_gpu", "xla"
+    return "mosaic_gpu", "cudnn", "triton", "xla"
+  return "cudnn", "mosaic_gpu", "triton", "xla"
 
 
 def _shortened(
