@@ -83,7 +83,13 @@ class Attention(parameterized.TestCase):
       ids = jnp.sort(
         jax.random.randint(jax.random.key(3), (4, 16), 1, 4), axis=1
       )
-      arrays.update(q_segment_ids=ids, kv_segment_ids=ids)
+      arrays.update(
+        q_segment_ids=ids,
+        kv_segment_ids=ids,
+        kv_lengths=jnp.array([16, 3, 9, 0]),
+        sinks=normal(6, 8),
+      )
+      names += ("sinks",)
     else:
       arrays.update(
         bias=normal(4, 1, 8, 16, 16),
@@ -101,6 +107,25 @@ class Attention(parameterized.TestCase):
     chex.assert_trees_all_close(
       jax.device_get(got), jax.device_get(want), rtol=1e-4, atol=1e-5
     )
+
+  def test_dropout_draws_on_every_shard_anew(self):
+    """With equal inputs, equal outputs would be equal draws."""
+    q, k = jnp.zeros((4, 16, 8, 8)), jnp.zeros((4, 16, 8, 8))
+    v = jnp.broadcast_to(normal(0, 1, 16, 1, 8), k.shape)
+    with jax.set_mesh(make_mesh(data=2, sequence=2, tensor=2)):
+      step = jax.jit(
+        lambda key: sharded_ops.attention(
+          q, k, v, dropout_rate=0.5, dropout_key=key, kv_lengths=12
+        )
+      )
+      outs = [np.asarray(step(jax.random.key(seed))) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(outs[0], outs[1])
+    rows = np.concatenate([outs[0].reshape(-1, 8), outs[2].reshape(-1, 8)])
+    # Of 4096 masks 1024 draws meet some twice; two equal shards are 512.
+    self.assertGreater(len(np.unique(rows, axis=0)), 800)
+    # Mean of 1024 draws of 12 weights that are 0 or 2 / 12.
+    want = ops.attention(q, k, v, kv_lengths=12)[0, 0, 0]
+    np.testing.assert_allclose(rows.mean(axis=0), want, atol=0.05)
 
   def test_decode_against_a_longer_cache(self):
     q, k, v = (

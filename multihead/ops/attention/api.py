@@ -13,6 +13,7 @@ from multihead.ops.attention import (
   dropout,
   mosaic_gpu,
   reference,
+  splash,
   triton,
   xla,
 )
@@ -21,6 +22,7 @@ from multihead.ops.attention import sinks as sinks_
 _IMPLEMENTATIONS = {
   "mosaic_gpu": mosaic_gpu,
   "cudnn": cudnn,
+  "splash": splash,
   "triton": triton,
   "xla": xla,
   "reference": reference,
@@ -29,6 +31,8 @@ _IMPLEMENTATIONS = {
 _MOSAIC_WIDTHS = (64, 128)
 # A program of mosaic_gpu holds at least so many rows.
 _MOSAIC_ROWS = 64
+# And one of splash at least so many.
+_SPLASH_ROWS = 128
 
 
 def attention(
@@ -183,6 +187,8 @@ def _preference(T: int, width: int, v_width: int) -> tuple[str, ...]:
 
   The reference holds [B, N, T, S] arrays: it runs only when it is named.
   """
+  if jax.default_backend() == "tpu":
+    return ("splash", "xla") if T >= _SPLASH_ROWS else ("xla",)
   if T < _MOSAIC_ROWS:
     return "cudnn", "triton", "xla"
   if width in _MOSAIC_WIDTHS and v_width in _MOSAIC_WIDTHS:
