@@ -94,7 +94,10 @@ def order(
   """
   pairs = batch * heads
   total = pairs * row_tiles
-  fit = group if full else max(_CACHE // head_bytes, 1) * group
+  fit = max(_CACHE // head_bytes, 1) * group
+  if full:
+    # Equal tiles of one head would all read the same keys at the same moment.
+    fit = group if 2 * row_tiles <= pc.cores() else max(group, 2)
   sizes = [n for n in range(1, pairs + 1) if pairs % n == 0 and n <= fit]
   programs = total if programs is None else min(programs, total)
   return Order(heads, max(sizes), row_tiles, total, programs)
