@@ -42,7 +42,11 @@ REQUIRES = [
 
 TEXT = ["tokenizers>=0.22"]
 TABLES = ["scikit-learn>=1.7"]
-VISION = ["Pillow>=12.0", *TABLES]
+# scikit-image and stardist for the images inside them; h5py for volumes.
+VISION = [
+  *("Pillow>=12.0", "scikit-image>=0.25", "stardist==0.9.2", "h5py>=3.14"),
+  *TABLES,
+]
 TEST = [
   "pytest>=9.0",
   "pytest-timeout>=2.4",
