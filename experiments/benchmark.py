@@ -81,6 +81,8 @@ def main() -> None:
     results += found
   facts["load average a core"] = ", ".join(f"{load:.1f}" for load in loads)
   text = timing.table(results, peak, bandwidth)
+  if hasattr(suite, "notes"):
+    text += "\n\n" + suite.notes(_TINY.value)
   # Threads that wait by spinning lose most: a ratio would flatter us.
   if max(loads) > _BUSY:
     text += (

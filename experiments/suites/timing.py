@@ -44,7 +44,8 @@ class Case:
       Unavailable, in either step.
     unit: what a rate counts.
     flops: floating-point operations of one call, by the formula of the model
-      (recomputation does not count); None where that says nothing.
+      (recomputation does not count), or those of each contender where they
+      differ; None where that says nothing.
     traffic: bytes that one call must read and write at least; None likewise.
   """
 
@@ -52,7 +53,7 @@ class Case:
   work: float
   contenders: Mapping[str, Callable[[], Job]]
   unit: str = "tokens"
-  flops: float | None = None
+  flops: float | Mapping[str, float] | None = None
   traffic: float | None = None
 
 
@@ -93,6 +94,8 @@ class Result:
   def flops(self) -> float | None:
     """Floating-point operations a second."""
     flops = self.case.flops
+    if isinstance(flops, Mapping):
+      flops = flops[self.contender]
     return None if flops is None else flops / self.median
 
 
