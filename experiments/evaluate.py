@@ -49,12 +49,14 @@ def main() -> None:
   for fact in run.task.facts():
     common.say(fact)
   found = run_lib.evaluate(run, params)
+  found |= run_lib.final_metrics(run, params)
   result = {f"validation_{name}": value for name, value in found.items()}
   result["parameters"] = sharding.param_count(params)
   if jax.process_index() != 0:
     return
   result |= run.task.baselines()
-  common.say("\n" + report.table(result, result, run.task.headline))
+  order = getattr(run.task, "higher_is_better", False)
+  common.say("\n" + report.table(result, result, run.task.headline, order))
   for name, value in found.items():
     common.say(f"{name}: {value:.4f}")
   if output:

@@ -29,8 +29,8 @@ def main() -> None:
       "command goes on from there"
     )
     return
-  headline = run.task.headline
-  common.say("\n" + report.table(result.metrics, result.metrics, headline))
+  numbers, order = result.metrics, getattr(run.task, "higher_is_better", False)
+  common.say("\n" + report.table(numbers, numbers, run.task.headline, order))
   if result.sample is not None:
     common.say(f"\nA sample of the model:\n{result.sample}")
   common.say(f"\nThe report: {workdir}/{report.REPORT}")

@@ -5,7 +5,8 @@ A task is a frozen dataclass with
   create(model, data, *, sequence_length, batch_size, seed): makes it;
   unit, units_per_step: what a rate counts, e.g. "tokens" and how many a step
     takes;
-  headline: the metric of its report, lower is better;
+  headline: the metric of its report, lower is better unless it has
+    higher_is_better = True;
   init_params(rng, mesh), abstract_params(), param_shardings(mesh);
   init_batch(): a batch of the right shapes and dtypes;
   loss_fn(params, batch, rng, train) -> (loss, metrics): the loss is a weighted
@@ -17,6 +18,9 @@ A task is a frozen dataclass with
   baselines() -> {"<name>_<headline>": number};
   sample(params, *, prompt, length, temperature, seed) -> text or None;
   facts() -> lines on its data for the report.
+It may have, for what is done once, at the end, by a job of one process,
+  final_metrics(params) -> {name: number}: what no sum over batches gives;
+  draw(params, workdir) -> {title: name of a PNG file there}.
 """
 
 from typing import Any
@@ -29,10 +33,12 @@ from multihead.tasks.classification import (
   TextClassification,
 )
 from multihead.tasks.language_modelling import LanguageModelling
+from multihead.tasks.segmentation import Segmentation
 
 TASKS: dict[str, type] = {
   "image_classification": ImageClassification,
   "language_modelling": LanguageModelling,
+  "segmentation": Segmentation,
   "text_classification": TextClassification,
 }
 
@@ -61,6 +67,7 @@ __all__ = [
   "TASKS",
   "ImageClassification",
   "LanguageModelling",
+  "Segmentation",
   "TextClassification",
   "create",
 ]

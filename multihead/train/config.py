@@ -253,7 +253,7 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
     model=dataclasses.replace(
       _read(ModelConfig, fields, "model."), overrides=overrides
     ),
-    data=_read(tasks.TASKS[task].data_config, data or {}, "data."),
+    data=_read(tasks.TASKS[task].data_config, data or {}, "data.", task=task),
   )
 
 
@@ -322,7 +322,11 @@ def _plain(value: Any) -> Any:
 
 
 def _read(
-  kind: type, values: Mapping[str, Any], path: str, skip: tuple[str, ...] = ()
+  kind: type,
+  values: Mapping[str, Any],
+  path: str,
+  skip: tuple[str, ...] = (),
+  task: str = TrainConfig.task,
 ) -> Any:
   hints = typing.get_type_hints(kind)
   allowed = [field.name for field in dataclasses.fields(kind)]
@@ -334,7 +338,7 @@ def _read(
   read = {}
   for key, value in values.items():
     if key not in allowed:
-      raise UserError(unknown_key(f"{path}{key}", allowed_paths()))
+      raise UserError(unknown_key(f"{path}{key}", allowed_paths(task)))
     if key not in skip:
       read[key] = _convert(hints[key], value, f"{path}{key}")
   return kind(**read)

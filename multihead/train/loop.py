@@ -19,7 +19,13 @@ from multihead.parallel import sharding
 from multihead.train import report, state, writers
 from multihead.train.checkpoints import Checkpoints
 from multihead.train.config import TrainConfig
-from multihead.train.run import IN_FLIGHT, Run, make_evaluator, prepare
+from multihead.train.run import (
+  IN_FLIGHT,
+  Run,
+  final_metrics,
+  make_evaluator,
+  prepare,
+)
 from multihead.train.step import Metrics, TrainStep
 
 
@@ -215,26 +221,31 @@ class _Loop:
     """Evaluates the whole split and writes metrics.json and the report."""
     self.saved.wait()
     final = self._validate(0)
+    params = self.state.eval_params
+    for name, value in final_metrics(self.run, params).items():
+      final[f"validation_{name}"] = value
     final |= self._last_training_numbers()
     final |= {
       "steps": self.step,
       "parameters": sharding.param_count(self.state.params),
       "devices": self.run.mesh.size,
     }
-    baselines, sample = {}, None
+    baselines, sample, figures = {}, None, {}
     if self.config.eval.baselines and self.main:
       baselines = self.task.baselines()
     # Text is made by one process: with several, `experiments.generate` does it.
     if self.config.eval.sample_tokens and jax.process_count() == 1:
       sample = self.task.sample(
-        self.state.eval_params,
+        params,
         prompt=self.config.eval.prompt,
         length=self.config.eval.sample_tokens,
         temperature=self.config.eval.temperature,
         seed=self.config.seed,
       )
     if hasattr(self.task, "export"):
-      self.task.export(self.workdir, self.state.eval_params)
+      self.task.export(self.workdir, params)
+    if hasattr(self.task, "draw") and jax.process_count() == 1:
+      figures = self.task.draw(params, self.workdir)
     if self.main:
       path = os.path.join(self.workdir, writers.METRICS_FINAL)
       writers.write_json(path, {**final, **baselines})
@@ -244,6 +255,8 @@ class _Loop:
         metrics=final,
         baselines=baselines,
         headline=self.task.headline,
+        higher_is_better=getattr(self.task, "higher_is_better", False),
+        figures=figures,
         sample=sample,
         facts=[*self.run.describe().split("\n"), *self.task.facts()],
       )

@@ -22,6 +22,8 @@ def write(
   headline: str,
   sample: str | None,
   facts: list[str],
+  higher_is_better: bool = False,
+  figures: dict[str, str] | None = None,
 ) -> str:
   """Writes report.md, loss.png, learning_rate.png and sample.txt.
 
@@ -34,15 +36,17 @@ def write(
     headline: the metric to compare by, e.g. "bits_per_byte".
     sample: text made by the trained model, or None.
     facts: lines on what ran where.
+    higher_is_better: of the headline.
+    figures: title -> name of a PNG file in workdir, shown after the others.
 
   Returns:
     The path of the report.
   """
   records = writers.read_records(workdir)
-  figures = plot(workdir, records)
+  figures = plot(workdir, records) | (figures or {})
   model = f"{config['model']['name']} {config['model']['variant'] or ''}"
   lines = [f"# {model.strip()}: {metrics['steps']} steps", ""]
-  lines += [table(metrics, baselines, headline), ""]
+  lines += [table(metrics, baselines, headline, higher_is_better), ""]
   for title, name in figures.items():
     lines += [f"![{title}]({name})", ""]
   if sample is not None:
@@ -72,14 +76,18 @@ def write(
 
 
 def table(
-  metrics: dict[str, float], baselines: dict[str, float], headline: str
+  metrics: dict[str, float],
+  baselines: dict[str, float],
+  headline: str,
+  higher_is_better: bool = False,
 ) -> str:
   """The headline metric of this model among the baselines, best first.
 
   Args:
     metrics: with "validation_<headline>".
     baselines: names that end in "_<headline>".
-    headline: the metric, lower is better.
+    headline: the metric.
+    higher_is_better: of it.
   """
   rows = {
     name.removesuffix(f"_{headline}").replace("_", " "): value
@@ -93,7 +101,9 @@ def table(
   lines.append(f"|{'-' * (width + 2)}|{'-' * (len(title) + 1)}:|")
   lines += [
     f"| {name:{width}} | {value:{len(title)}.4f} |"
-    for name, value in sorted(rows.items(), key=lambda row: row[1])
+    for name, value in sorted(
+      rows.items(), key=lambda row: row[1], reverse=higher_is_better
+    )
   ]
   return "\n".join(lines)
 

@@ -218,6 +218,15 @@ def open_checkpoints(workdir: str) -> Checkpoints:
   )
 
 
+def final_metrics(run: Run, params: Any) -> dict[str, float]:
+  """What the task computes once, at the end; nothing with several processes."""
+  compute = getattr(run.task, "final_metrics", None)
+  if compute is None or jax.process_count() > 1:
+    return {}
+  with jax.set_mesh(run.mesh):
+    return compute(params)
+
+
 def evaluate(run: Run, params: Any, max_batches: int = 0) -> dict[str, float]:
   """The task's numbers over the validation split (or its first batches)."""
   with jax.set_mesh(run.mesh):
