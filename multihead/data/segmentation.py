@@ -159,6 +159,13 @@ def split(source: PairSet, data: SegmentationData) -> Split:
   return found
 
 
+def cuts_crops(data: SegmentationData) -> bool:
+  """Whether samples are crops of the images, not the images resized."""
+  if data.fit == "auto":
+    return (data.path or "nuclei") == "nuclei"
+  return data.fit == "crop"
+
+
 def _hash(seed: int, name: str) -> bytes:
   return hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest()
 
@@ -217,10 +224,7 @@ class Pairs:
     self.source = source
     self.data = data
     self.channels = channels
-    fit = data.fit
-    if fit == "auto":
-      fit = "crop" if (data.path or "nuclei") == "nuclei" else "resize"
-    self.crops = fit == "crop"
+    self.crops = cuts_crops(data)
     if self.crops and (data.soft_masks or data.augment == "synapse"):
       raise UserError(
         "config.data.fit='crop' resizes nothing; soft_masks and "

@@ -98,6 +98,16 @@ def update(
   # Fused into the sum: what is compared never lies in memory.
   table = jnp.sum(index == jnp.arange(count**2), axis=1, dtype=jnp.int32)
   table = table.reshape(-1, count, count)
+  return of_tables(table, weights)
+
+
+def of_tables(table: Int[Array, "B C C"], weights: Float[Array, " B"]) -> Sums:
+  """The sums of images whose pixels have been counted.
+
+  Args:
+    table: of each image the pixels of class i taken for class j.
+    weights: 0 takes an image out.
+  """
   there = weights > 0
   hits = jnp.diagonal(table, axis1=1, axis2=2)
   sizes = table.sum(1) + table.sum(2)
