@@ -1,0 +1,182 @@
+"""Segmentation from the outside: train, segment a folder, mistakes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multihead.metrics import segmentation as metrics
+from tests.experiments.scripts import assert_mistakes, make_run, run_scripts
+
+CONFIG = """
+from configs import common
+
+def get_config(variant="resize"):
+  config = common.training()
+  config.task = "segmentation"
+  config.model = common.model(
+    "mhs_vm", img_size=int, embed_dim=int, depths=tuple, depths_decoder=tuple,
+    state_size=int, heads=int, num_classes=int,
+  )
+  config.model.update(
+    img_size=16, embed_dim=16, depths=(1,), depths_decoder=(1,), state_size=2,
+    heads=2,
+  )
+  classes = 3 if variant == "classes" else 1
+  config.model.num_classes = classes
+  config.data = dict(
+    path={path!r}, size=16, num_classes=classes, augment="none",
+    fit="crop" if variant == "crop" else "resize",
+  )
+  config.update(total_steps=2, batch_size=2)
+  return config
+"""
+
+
+def disc(height, width, value=255):
+  """An image and its mask."""
+  rng = np.random.default_rng(height)
+  rows, columns = np.mgrid[:height, :width]
+  inside = (rows - height / 2) ** 2 + (columns - width / 2) ** 2 < 30
+  image = rng.integers(0, 60, (height, width, 3)) + 150 * inside[..., None]
+  return image.astype(np.uint8), (value * inside).astype(np.uint8)
+
+
+def write(folder, sizes, value=255):
+  for i, size in enumerate(sizes):
+    for name, array in zip(("images", "masks"), disc(*size, value)):
+      (folder / name).mkdir(parents=True, exist_ok=True)
+      Image.fromarray(array).save(folder / name / f"case{i}.png")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A configuration, its data, images of odd sizes, and runs of it."""
+  root = tmp_path_factory.mktemp("segment")
+  data = write(root / "data", [(16, 16)] * 5)
+  (root / "config.py").write_text(CONFIG.format(path=str(data)))
+  write(root / "new", [(16, 16), (37, 21), (9, 50)])
+  for variant in ("resize", "crop"):
+    (root / variant).mkdir()
+    make_run(root / variant, f"{root}/config.py:{variant}")
+  return root
+
+
+def segment(place, run, images, output, *more):
+  paths = dict(workdir=place / run, images=place / images, output=output)
+  return ("segment", *(f"--{k}={v}" for k, v in paths.items()), *more)
+
+
+def read(folder, name):
+  return np.asarray(Image.open(folder / f"{name}.png"))
+
+
+def test_train_evaluate_and_segment_classes(place, tmp_path):
+  data = write(tmp_path / "data", [(16, 16)] * 5, value=2)
+  flags = (
+    f"--config={place}/config.py:classes",
+    f"--workdir={tmp_path}/run",
+    f"--config.data.path={data}",
+  )
+  ((code, out, errors),) = run_scripts(tmp_path / "cases", ("train", *flags))
+  assert code == 0, errors
+  report = (tmp_path / "run/report.md").read_text()
+  for name in ("predictions.png", "gates.png"):
+    assert f"({name})" in report and (tmp_path / "run" / name).is_file()
+  found = json.loads((tmp_path / "run/metrics.json").read_text())
+  assert {"validation_iou", "validation_dsc", "validation_case_hd95"} <= {
+    *found
+  }
+  arguments = segment(place, tmp_path / "run", data, tmp_path / "out")
+  scored, (code, out, errors) = (
+    run_scripts(tmp_path / name, case)[0]
+    for name, case in (("1", ("evaluate", flags[1])), ("2", arguments))
+  )
+  assert scored[0] == 0 and "case_hd95_class_2" in scored[1], scored[2]
+  assert code == 0, errors
+  mask = Image.open(tmp_path / "out/masks/case0.png")
+  assert mask.mode == "P" and np.asarray(mask).max() <= 2
+  assert "iou_class_2" in out
+
+
+@pytest.mark.parametrize("run, more", [
+  ("resize", ()),
+  ("crop", ("--threshold=0.499", "--overlap=4")),
+  ("resize", ("--tile=32",)),
+])  # fmt: skip
+def test_a_folder_with_masks(place, tmp_path, run, more):
+  out = tmp_path / "out"
+  ((code, text, errors),) = run_scripts(
+    tmp_path / "cases", segment(place, run, "new", out, *more)
+  )
+  assert code == 0, errors
+  assert ("in tiles" in text) == (run == "crop" or bool(more))
+  assert "3/3 images" in errors
+  sums = None
+  for i, size in enumerate([(16, 16), (37, 21), (9, 50)]):
+    taken = read(out / "masks", f"case{i}")
+    assert taken.shape == size and set(np.unique(taken)) <= {0, 255}
+    assert read(out / "overlays", f"case{i}").shape == (*size, 3)
+    truth = read(place / "new/masks", f"case{i}")
+    pair = (x[None].astype(int) // 255 for x in (taken, truth))
+    found = metrics.update(*pair, np.ones(1), 1)
+    sums = found if sums is None else metrics.merge(sums, found)
+  want = metrics.compute(sums)
+  assert 0 < want["iou"] < 1
+  written = json.loads((out / "metrics.json").read_text())
+  assert written["images"] == 3
+  assert {k: written[k] for k in want} == pytest.approx(want)
+  assert f"iou: {want['iou']:.4f}" in text
+
+
+def test_images_alone(place, tmp_path):
+  shutil.copytree(place / "new/images", tmp_path / "in/deep")
+  out = tmp_path / "out"
+  ((code, text, errors),) = run_scripts(
+    tmp_path / "cases", segment(place, "crop", tmp_path / "in", out)
+  )
+  assert code == 0, errors
+  assert "iou" not in text and not (out / "metrics.json").exists()
+  assert read(out / "masks/deep", "case1").shape == (37, 21)
+
+
+def test_mistakes_get_one_line_and_exit_code_2(place, tmp_path):
+  (tmp_path / "empty").mkdir()
+  write(tmp_path / "torn", [(16, 16)])
+  shutil.rmtree(tmp_path / "torn/masks")
+  file = tmp_path / "torn/images/case0.png"
+  file.write_bytes(file.read_bytes()[:200])
+  write(tmp_path / "alone", [(16, 16), (16, 16)])
+  (tmp_path / "alone/masks/case1.png").unlink()
+  for ending in ("png", "jpg"):
+    (tmp_path / "twice").mkdir(exist_ok=True)
+    Image.fromarray(disc(16, 16)[0]).save(tmp_path / f"twice/a.{ending}")
+  (tmp_path / "foreign").mkdir()
+  (tmp_path / "foreign/config.json").write_text("{}")
+  (tmp_path / "full/x").mkdir(parents=True)
+  new = tmp_path / "out"
+  case = lambda images, *more, run="crop", output=new: segment(
+    place, run, images, output, *more
+  )
+  assert_mistakes(
+    tmp_path / "cases",
+    {
+      "no images; files that end in": case(tmp_path / "empty"),
+      "no such folder": case("nowhere"),
+      "not an image that can be read": case(tmp_path / "torn"),
+      "1 without a mask (case1)": case(tmp_path / "alone"),
+      "two images are called a": case(tmp_path / "twice"),
+      "a run of task language_modelling": case("new", run=tmp_path / "foreign"),
+      "no config at": case("new", run=tmp_path / "empty"),
+      "is not empty": case("new", output=tmp_path / "full"),
+      "tile=18 must be a multiple of 4": case("new", "--tile=18"),
+      "overlap=9 must lie between": case("new", "--overlap=9"),
+      "--overlap without --tile": case("new", "--overlap=4", run="resize"),
+      "--threshold=1.5": case("new", "--threshold=1.5"),
+      "--images is missing": ("segment", f"--workdir={place}/crop",
+                              f"--output={new}"),
+    },
+  )  # fmt: skip
