@@ -1,7 +1,7 @@
 """What is done to an image and its mask alike: scaling, motion, resizing.
 
-Images are [height, width, channels], masks [height, width]. Pillow moves them:
-scipy's splines take ten times as long.
+Images are [height, width, channels], masks [height, width]. Pillow turns them:
+scipy takes more than twice as long.
 """
 
 import dataclasses

@@ -138,6 +138,10 @@ def test_resizing(dtype):
   double = transforms.resize_mask(mask, (16, 24))
   np.testing.assert_array_equal(double, np.kron(mask, np.ones((2, 3))))
   np.testing.assert_array_equal(transforms.resize_mask(double, (8, 8)), mask)
+  third = transforms.resize_mask(np.arange(81).reshape(9, 9), (3, 3))
+  np.testing.assert_array_equal(
+    third, [[10, 13, 16], [37, 40, 43], [64, 67, 70]]
+  )
 
 
 def test_zoom_is_that_of_the_published_recipe():

@@ -107,6 +107,9 @@ def test_batches_are_those_of_their_number():
     assert_equal(one, other)
   other = batches(made, 1, seed=2)[0]
   assert not np.array_equal(first[0]["images"], other["images"])
+  alone = pairs(pair_set(2))  # one to train on, so in one order
+  motions = [batches(alone, 1, seed=s)[0]["images"] for s in (1, 2)]
+  assert not np.array_equal(*motions)
   # The same image has another motion in the next epoch.
   epochs = batches(made, 2, batch_size=8)
   np.testing.assert_array_equal(*(np.sort(b["index"]) for b in epochs))
@@ -147,6 +150,18 @@ def test_a_position_belongs_to_its_data(change):
   state = iter(pairs().dataset("train", batch_size=4)).get_state()
   with pytest.raises(UserError, match="cannot continue"):
     iter(pairs(**change).dataset("train", batch_size=4)).set_state(state)
+
+
+def test_a_position_belongs_to_its_images():
+  source = pair_set()
+  data = SegmentationData(path="x", size=24)
+  state, other = (
+    segmentation.Pairs(source, segmentation.Split(train, np.array([9])), data)
+    for train in (np.arange(8), np.arange(9))
+  )
+  state = iter(state.dataset("train", batch_size=4)).get_state()
+  with pytest.raises(UserError, match="cannot continue"):
+    iter(other.dataset("train", batch_size=4)).set_state(state)
 
 
 def test_validation_is_everything_once():
