@@ -67,9 +67,9 @@ def attention(
   softcap * tanh(x / softcap) (just x without softcap), plus bias. All
   restrictions combine by AND. A row that may attend to nothing gives zeros,
   lse = -inf and zero gradients. A NaN or Inf in a key or value reaches the rows
-  that may see it (whole, as NaN) and no other; mosaic_gpu and cudnn cannot
-  promise that within the blocks that they compute, nor cudnn zeros where a bias
-  of -inf empties a row.
+  that may see it (whole, as NaN) and no other; xla and reference promise that,
+  kernels only as far as whole blocks are not visited, and what lies past the
+  arrays. cudnn does not promise zeros where a bias of -inf empties a row.
 
   Softmax, sums and lse are computed in float32 (float64 for float64 inputs),
   matrix products in the dtype of q with that accumulation.
@@ -103,14 +103,16 @@ def attention(
       The kept weights depend on it and on (b, n, i, j) alone: they are the same
       in every implementation, and again in the backward pass.
     deterministic: whether only an implementation may run whose gradients are
-      the same bits in every run on one device.
+      the same bits each time that the compiled program runs on a device.
     return_lse: whether to return also the natural log of the sum of the
       exponentials of each row's logits; differentiable.
-    implementation: "mosaic_gpu" (Hopper), "cudnn", "xla" (memory linear in T
-      and S, backward by recomputation), "reference" (holds [B, N, T, S]), a
-      sequence of these, or None for the fastest that supports the arguments:
-      the first of mosaic_gpu, cudnn, xla where H and Hv are 64 or 128; of
-      cudnn, mosaic_gpu, xla at others; of cudnn, xla for fewer than 64 rows.
+    implementation: "mosaic_gpu" (Hopper), "cudnn", "triton" (NVIDIA GPUs since
+      Ampere), "splash" (TPU), "xla" (memory linear in T and S, backward by
+      recomputation), "reference" (holds [B, N, T, S]), a sequence of these, or
+      None for the fastest that supports the arguments. On a TPU that is the
+      first of splash, xla; elsewhere of mosaic_gpu, cudnn, triton, xla where H
+      and Hv are 64 or 128, and of cudnn, mosaic_gpu, triton, xla at others.
+      Fewer than 128 rows are too few for splash, fewer than 64 for mosaic_gpu.
 
   Returns:
     [B, T, N, Hv] in q's dtype; with return_lse a pair of it and [B, N, T] in
@@ -188,7 +190,7 @@ def _preference(T: int, width: int, v_width: int) -> tuple[str, ...]:
   The reference holds [B, N, T, S] arrays: it runs only when it is named.
   """
   if jax.default_backend() == "tpu":
-    return ("splash", "xla") if T >= _SPLASH_ROWS else ("xla",)
+    return ("xla",) if T < _SPLASH_ROWS else ("splash", "xla")
   if T < _MOSAIC_ROWS:
     return "cudnn", "triton", "xla"
   if width in _MOSAIC_WIDTHS and v_width in _MOSAIC_WIDTHS:

@@ -3,10 +3,10 @@
 The attention matrix is computed in tiles (see tiles.py) with a running maximum
 and sum per row, and again in the backward pass, which keeps q, k, v, the output
 and one number per row: arXiv 2307.08691, algorithms 1 and 2. A loop over row
-blocks goes around a loop over the column blocks that they can see by position:
-tiles that causal and window empty are not computed, also where the offset is
-traced. What is small is one tile without a loop, and so is decoding, where keys
-and values are read as they lie.
+blocks goes around a loop over the column blocks that they can see by position,
+length and the range of their segment ids: tiles outside are not computed, also
+where offset, lengths and ids are traced. What is small is one tile without a
+loop, and so is decoding, where keys and values are read as they lie.
 
 Reverse mode only: the backward pass is not itself differentiable.
 """
