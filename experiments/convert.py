@@ -8,6 +8,9 @@ The first writes the weights of a run for `transformers` and others to load, or
 for timm (--format=timm). The second makes a run that starts from the weights of
 the directory; train it further with `experiments.train` and the same config and
 workdir. --check loads the directory there and compares the logits.
+
+Of an mhs_vm, --checkpoint and --output are a .safetensors file of the authors'
+names; multihead/checkpoints/mhs_vm.py says how to make one of their pickles.
 """
 
 import importlib
@@ -23,6 +26,7 @@ from absl import flags, logging
 from experiments import common
 from multihead import checkpoints
 from multihead.cache import snapshots
+from multihead.checkpoints import mhs_vm
 from multihead.errors import UserError
 from multihead.train import run as run_lib
 from multihead.train import state as state_lib
@@ -30,10 +34,10 @@ from multihead.train import writers
 from multihead.train.checkpoints import Checkpoints
 
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "The Hugging Face directory to make a run of."
+  "checkpoint", None, "The Hugging Face directory (or file) to make a run of."
 )
 _OUTPUT = flags.DEFINE_string(
-  "output", None, "The Hugging Face directory to write."
+  "output", None, "The Hugging Face directory (or file) to write."
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype",
@@ -65,6 +69,11 @@ def main() -> int:
       "give --workdir and --output to write a Hugging Face directory, or "
       "--checkpoint, --workdir and --config to read one"
     )
+  if _is_file(_CHECKPOINT.value or _OUTPUT.value) and _CHECK.value:
+    raise UserError(
+      "--check compares with transformers or timm, which have no mhs_vm; leave "
+      "it out"
+    )
   if _CHECKPOINT.value is None:
     directory, (model, params) = _OUTPUT.value, _write_directory()
   else:
@@ -74,8 +83,15 @@ def main() -> int:
   return _check(directory, model, params)
 
 
+def _is_file(path: str) -> bool:
+  """Whether a path names a file of weights and no directory."""
+  return pathlib.Path(path).suffix in (".safetensors", *mhs_vm.PICKLES)
+
+
 def _write_directory() -> tuple:
   workdir, output = common.workdir(), pathlib.Path(_OUTPUT.value)
+  if _is_file(output):
+    return _write_file(workdir, output)
   if output.exists() and any(output.iterdir()):
     raise UserError(f"--output={output} is not empty; give a new directory")
   model, params, tokenizer = common.load_model(workdir)
@@ -99,17 +115,34 @@ def _write_directory() -> tuple:
   return model, params
 
 
+def _write_file(workdir: str, output: pathlib.Path) -> tuple:
+  if output.exists() or not output.parent.is_dir():
+    raise UserError(
+      f"--output={output}: give a new file in a folder that exists"
+    )
+  for name in ("dtype", "format"):
+    if flags.FLAGS[name].value is not None:
+      raise UserError(f"--{name} is for directories; {output} is a file")
+  model, params, _ = common.load_model(workdir)
+  mhs_vm.save(output, model, params)
+  common.say(f"wrote {output}")
+  return model, params
+
+
 def _write_run() -> tuple:
   workdir, config = common.workdir(), common.config()
   folder = os.path.join(workdir, "checkpoints")
   if os.path.exists(folder):
     raise UserError(f"{folder} exists; give the --workdir of a new run")
   run = run_lib.prepare(config)
-  model, params = checkpoints.from_pretrained(
-    _CHECKPOINT.value, dtype="float32", mesh=run.mesh
-  )
+  if _is_file(_CHECKPOINT.value):
+    model, params = _read_file(run)
+  else:
+    model, params = checkpoints.from_pretrained(
+      _CHECKPOINT.value, dtype="float32", mesh=run.mesh
+    )
   _compare_models(model, run.task.model)
-  if not run.task.model.scan_layers:
+  if not getattr(run.task.model, "scan_layers", True):
     model, params = model.unroll(params)
   state = state_lib.init_state(
     lambda rng, mesh: params,
@@ -130,6 +163,23 @@ def _write_run() -> tuple:
     writers.write_json(path, config.to_dict())
   common.say(f"wrote {folder}; experiments.train goes on from it")
   return model, params
+
+
+def _read_file(run) -> tuple:
+  wanted = run.task.model
+  if not isinstance(wanted, mhs_vm.MHSVM):
+    raise UserError(
+      f"{_CHECKPOINT.value}: files are of mhs_vm; --config has a "
+      f"{type(wanted).__name__}"
+    )
+  # What the weights do not tell is as the config says.
+  untold = ("img_size", "threshold", "routes", "scale_free", "remat",
+            "scan_implementation")  # fmt: skip
+  model, params = mhs_vm.load(
+    _CHECKPOINT.value, **{name: getattr(wanted, name) for name in untold}
+  )
+  places = run.task.param_shardings(run.mesh)
+  return model, jax.device_put(params, places)
 
 
 def _compare_models(found, wanted) -> None:

@@ -151,7 +151,8 @@ class MHSVM(nn.Module):
     if not height or not width or height % self.stride or width % self.stride:
       raise UserError(
         f"{what}: height and width must be multiples of {self.stride}; resize "
-        f"or pad to {max(1, -(-height // self.stride)) * self.stride}x"
+        "or predict with multihead.tasks.tiling, or pad to "
+        f"{max(1, -(-height // self.stride)) * self.stride}x"
         f"{max(1, -(-width // self.stride)) * self.stride}"
       )
 

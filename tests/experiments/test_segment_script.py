@@ -3,11 +3,14 @@
 import json
 import shutil
 
+import chex
 import numpy as np
 import pytest
 from PIL import Image
 
 from multihead.metrics import segmentation as metrics
+from multihead.train import config as config_lib
+from multihead.train import run as run_lib
 from tests.experiments.scripts import assert_mistakes, make_run, run_scripts
 
 CONFIG = """
@@ -178,5 +181,43 @@ def test_mistakes_get_one_line_and_exit_code_2(place, tmp_path):
       "--threshold=1.5": case("new", "--threshold=1.5"),
       "--images is missing": ("segment", f"--workdir={place}/crop",
                               f"--output={new}"),
+    },
+  )  # fmt: skip
+
+
+def test_weights_of_the_authors_go_out_and_in(place, tmp_path):
+  config = (place / "config.py").read_text()
+  config = config.replace("heads=2", "heads=3, threshold=0.25")
+  config = config.replace("heads=int,", "heads=int, threshold=float,")
+  (tmp_path / "config.py").write_text(config)
+  (tmp_path / "run").mkdir()
+  _, params = make_run(tmp_path / "run", f"{tmp_path}/config.py:resize")
+  file = f"{tmp_path}/x.safetensors"
+  back = (f"--checkpoint={file}", f"--config={tmp_path}/config.py:resize")
+  found = run_scripts(
+    tmp_path / "cases",
+    ("convert", f"--workdir={tmp_path}/run", f"--output={file}"),
+    ("convert", f"--workdir={tmp_path}/new", *back),
+  )
+  for code, _, errors in found:
+    assert code == 0, errors
+  path = str(tmp_path / "new")
+  saved = config_lib.read_json(f"{path}/config.json")
+  _, again = run_lib.load_params(saved, path)
+  chex.assert_trees_all_equal(again, params)
+  assert_mistakes(
+    tmp_path / "mistakes",
+    {
+      "heads is 3 there and 2 in the config": (
+        "convert", f"--workdir={tmp_path}/other", back[0],
+        f"--config={place}/config.py:resize",
+      ),
+      "a pickle": (
+        "convert", f"--workdir={tmp_path}/other", back[1],
+        f"--checkpoint={tmp_path}/best.pth",
+      ),
+      "which have no mhs_vm": (
+        "convert", f"--workdir={tmp_path}/other", *back, "--check"
+      ),
     },
   )  # fmt: skip
