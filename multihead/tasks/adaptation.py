@@ -89,7 +89,10 @@ class Adaptation:
     # What is not below (units, summaries, batches) is the inner task's.
     if name.startswith("__") or name == "inner":
       raise AttributeError(name)
-    return getattr(self.inner, name)
+    found = getattr(self.inner, name)
+    if name in ("final_metrics", "draw"):
+      return lambda params, *rest: found(self.merged(params), *rest)
+    return found
 
   def _init(self, rng: jax.Array) -> Any:
     if self.adapter is None:

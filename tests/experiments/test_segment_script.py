@@ -24,7 +24,7 @@ def get_config(variant="resize"):
     state_size=int, heads=int, num_classes=int,
   )
   config.model.update(
-    img_size=16, embed_dim=16, depths=(1,), depths_decoder=(1,), state_size=2,
+    img_size=16, embed_dim=16, depths=(1,), depths_decoder=(0,), state_size=2,
     heads=2,
   )
   classes = 3 if variant == "classes" else 1
@@ -188,6 +188,7 @@ def test_mistakes_get_one_line_and_exit_code_2(place, tmp_path):
 def test_weights_of_the_authors_go_out_and_in(place, tmp_path):
   config = (place / "config.py").read_text()
   config = config.replace("heads=2", "heads=3, threshold=0.25")
+  config = config.replace("depths_decoder=(0,)", "depths_decoder=(1,)")
   config = config.replace("heads=int,", "heads=int, threshold=float,")
   (tmp_path / "config.py").write_text(config)
   (tmp_path / "run").mkdir()

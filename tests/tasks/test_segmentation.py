@@ -11,11 +11,12 @@ from PIL import Image
 from multihead import models, tasks
 from multihead.errors import UserError
 from multihead.metrics import segmentation as metrics
-from multihead.tasks import otsu, segmentation, segmentation_figures
+from multihead.tasks import adaptation, otsu, segmentation, segmentation_figures
 from multihead.train import config as config_lib
+from multihead.train import run as run_lib
 
 MODEL = dict(
-  img_size=16, embed_dim=16, depths=(2,), depths_decoder=(1,), patch_size=4,
+  img_size=16, embed_dim=16, depths=(2,), depths_decoder=(0,), patch_size=4,
   state_size=2, heads=2, threshold=0.0,
 )  # fmt: skip
 
@@ -270,6 +271,38 @@ def test_figures(task, params, tmp_path):
   for name in figures.values():
     with Image.open(tmp_path / name) as picture:
       assert min(picture.size) > 150
+
+
+def test_what_is_done_at_the_end_is_done_with_merged_parameters(
+  task, params, tmp_path
+):
+  frozen, start = adaptation.divide(params, "head")
+  adapted = adaptation.Adaptation(task, None, frozen, start, "")
+  trained = {"adapter": {}, "trained": start}
+  assert adapted.final_metrics(trained) == task.final_metrics(params)
+  assert adapted.draw(trained, str(tmp_path)) and adapted.higher_is_better
+
+
+def test_a_mesh_of_eight_gives_the_same_numbers(folder, params, tmp_path):
+  found = []
+  for devices, mesh in ((1, {}), (8, dict(data=2, fsdp=2, tensor=2))):
+    config = config_lib.read_config(
+      {
+        "task": "segmentation",
+        "model": {"name": "mhs_vm", **MODEL},
+        "data": dict(path=folder, size=16, augment="none"),
+        "mesh": mesh,
+        "batch_size": 4,
+      }
+    )
+    run = run_lib.prepare(config, devices=jax.devices()[:devices])
+    placed = jax.device_put(params, run.task.param_shardings(run.mesh))
+    found.append(
+      run_lib.evaluate(run, placed) | run_lib.final_metrics(run, placed)
+    )
+    with jax.set_mesh(run.mesh):
+      assert run.task.draw(placed, str(tmp_path))
+  assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
 def test_an_overlay_tints_and_outlines_the_mask():
