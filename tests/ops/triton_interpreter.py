@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,9 @@ def use(monkeypatch, package):
       return torch.from_numpy(array.astype(np.float32)).bfloat16()
     return torch.from_numpy(array.copy())
 
+  # The interpreter keeps its place in a grid in a global variable.
+  one_at_a_time = threading.Lock()
+
   def call(kernel, *inputs, out, grid, num_warps, num_stages, **constants):
     def launch(*inputs):
       # What a kernel leaves out is seen.
@@ -44,7 +48,8 @@ def use(monkeypatch, package):
         torch.full(s.shape, torch.nan, dtype=getattr(torch, s.dtype.name))
         for s in out
       ]
-      kernel[grid](*map(to_torch, inputs), *results, **constants)
+      with one_at_a_time:
+        kernel[grid](*map(to_torch, inputs), *results, **constants)
       return tuple(
         r.float().numpy().astype(s.dtype)
         for r, s in zip(results, out, strict=True)

@@ -9,10 +9,11 @@ from jaxtyping import Array, Float, Int
 from multihead.ops import dispatch
 from multihead.ops.attention import checks
 from multihead.ops.attention import sinks as sinks_
-from multihead.ops.decode_attention import pages, reference, xla
+from multihead.ops.decode_attention import pages, reference, triton, xla
 
-_IMPLEMENTATIONS = {"xla": xla, "reference": reference}
-# The reference holds [B, N, T, S] arrays: it runs only when it is named.
+_IMPLEMENTATIONS = {"triton": triton, "xla": xla, "reference": reference}
+# The others run by name: the reference holds [B, N, T, S] arrays, and what
+# triton gives has not been compared on a GPU.
 _PREFERENCE = ("xla",)
 
 
@@ -68,9 +69,9 @@ def decode_attention(
       outside of 0..P-1 makes the rows that see it NaN.
     return_lse: whether to return also the natural log of the sum of the
       exponentials of each row's logits.
-    implementation: "xla" (parts of the keys in turn), "reference" (holds
-      [B, N, T, S]), a sequence of these, or None for the fastest that supports
-      the arguments, which is xla.
+    implementation: "xla" (parts of the keys in turn, anywhere), "triton" (parts
+      at the same time, NVIDIA GPUs), "reference" (holds [B, N, T, S]), a
+      sequence of these, or None for xla.
 
   Returns:
     [B, T, N, Hv] in q's dtype; with return_lse a pair of it and [B, N, T] in

@@ -3,6 +3,7 @@
 Gathers all pages and computes every logit at once, [B, N, T, S].
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -50,3 +51,33 @@ def run(
     kv_segment_ids=None,
     return_lse=return_lse,
   )
+
+
+def derivative(
+  primals: tuple[jax.Array | None, ...],
+  tangents: tuple[jax.Array | None, ...],
+  *,
+  scale: float,
+  left: int | None,
+  softcap: float | None,
+) -> tuple[Any, Any]:
+  """Output and lse, and their tangents: the `jvp` of other implementations.
+
+  Args:
+    primals: q, k, v, kv_lengths, page_table.
+    tangents: of the first three.
+    scale: of the logits.
+    left: of the window.
+    softcap: of the logits.
+  """
+  *arrays, kv_lengths, page_table = primals
+  definition = functools.partial(
+    run,
+    kv_lengths=kv_lengths,
+    scale=scale,
+    window=(left, None),
+    softcap=softcap,
+    page_table=page_table,
+    return_lse=True,
+  )
+  return jax.jvp(definition, tuple(arrays), tuple(tangents[:3]))

@@ -118,17 +118,13 @@ def _decode(
 
 @_decode.defjvp
 def _derivative(spec: Spec, primals: Any, tangents: Any) -> Any:
-  *arrays, kv_lengths, page_table = primals
-  definition = functools.partial(
-    reference.run,
-    kv_lengths=kv_lengths,
+  return reference.derivative(
+    primals,
+    tangents,
     scale=spec.scale,
-    window=(spec.left, None),
+    left=spec.left,
     softcap=spec.softcap,
-    page_table=page_table,
-    return_lse=True,
   )
-  return jax.jvp(definition, tuple(arrays), tuple(tangents[:3]))
 
 
 def _part_length(q: jax.Array, k: jax.Array, v: jax.Array) -> int:
