@@ -4,10 +4,11 @@
 
 Prints a table. In --workdir, metrics.jsonl gets a line per contender of each
 run, metrics.json the newest numbers and report.md a table per run, with a
-figure.
+figure. With --tune the suite attention times block sizes instead.
 """
 
 import datetime
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -15,14 +16,14 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from absl import flags
 
 from experiments import common, suites
-from experiments.suites import timing
+from experiments.suites import timing, workers
 from multihead.errors import UserError, nearest
 
 # Peers need room on the same GPU. JAX reads this with its first array.
@@ -41,16 +42,28 @@ _TINY = flags.DEFINE_bool(
   "tiny", False, "Tiny shapes, to see that everything runs."
 )
 
+_TUNE = flags.DEFINE_bool(
+  "tune",
+  False,
+  "Time block sizes of our own kernels instead, and write the fastest of them "
+  "as a table that the kernels read.",
+)
+
 # Of timed calls a case, for a peer that is slow here.
 _MOST_SECONDS = 60.0
 # Load average a core that we do not reach alone: others are in the way.
 _BUSY = 1.7
-_PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
+_PACKAGES = (
+  *("jax", "jaxlib", "flax", "triton", "jax-triton"),
+  *("torch", "transformers", "tokamax"),
+)
 
 
 def main() -> None:
   """Times the cases and writes down what came out."""
   suite = _suite(_SUITE.value)
+  if _TUNE.value:
+    suite = _tuning(suite)
   workdir = _workdir()
   cases = _cases(suite)
   facts = machine()
@@ -69,9 +82,9 @@ def main() -> None:
   loads = [_load()]
   results = []
   now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-  for number, case in enumerate(cases, 1):
+  for number, (case, times) in enumerate(_timed(suite, cases), 1):
     common.say(f"{number}/{len(cases)} {case.name} ...")
-    found = timing.run(case, _REPEATS.value, _MOST_SECONDS)
+    found = times()
     loads.append(_load())
     for result in found:
       common.say(f"  {result.contender}: {_told(result)}")
@@ -90,8 +103,23 @@ def main() -> None:
       f"{facts['load average a core']}): do not quote these numbers."
     )
   common.say("\n" + text)
+  if _TUNE.value:
+    text += "\n\n" + suite.write(results, workdir or pathlib.Path())
+    common.say(text)
   if workdir is not None:
-    _report(workdir, now, facts, results, text)
+    _report(workdir, now, facts, results, text, getattr(suite, "figures", None))
+
+
+def _timed(
+  suite: Any, cases: Sequence[timing.Case]
+) -> Iterator[tuple[timing.Case, Callable[[], list[timing.Result]]]]:
+  """Every case, and what times it."""
+  limits = _REPEATS.value, _MOST_SECONDS
+  if workers.wanted(cases):
+    yield from workers.run(suite.__name__, _TINY.value, cases, *limits)
+    return
+  for case in cases:
+    yield case, functools.partial(timing.run, case, *limits)
 
 
 def _told(result: timing.Result) -> str:
@@ -136,6 +164,20 @@ def _suite(name: str | None) -> Any:
       f"{', '.join(suites.NAMES)}"
     )
   return importlib.import_module(f"experiments.suites.{name}")
+
+
+def _tuning(suite: Any) -> Any:
+  """The suite that times block sizes."""
+  if not hasattr(suite, "TUNING"):
+    raise UserError(
+      f"--suite={_SUITE.value} has no block sizes to --tune; attention has"
+    )
+  if jax.default_backend() != "gpu":
+    raise UserError(
+      "--tune times kernels of NVIDIA GPUs, and the default backend is "
+      f"{jax.default_backend()!r}"
+    )
+  return importlib.import_module(suite.TUNING)
 
 
 def _workdir() -> pathlib.Path | None:
@@ -208,8 +250,9 @@ def _report(
   facts: dict[str, str],
   results: Sequence[timing.Result],
   text: str,
+  figures: Callable[..., Sequence[tuple[str, str]]] | None,
 ) -> None:
-  """The newest numbers, the table and its figure."""
+  """The newest numbers, the table and its figures."""
   numbers = {}
   for result in results:
     if not result.seconds:
@@ -220,9 +263,14 @@ def _report(
       numbers[f"{case.name}/speedup_over_{name}"] = result.speedup
   (workdir / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
   # A run of the same suite does not overwrite the figure of an earlier one.
-  image = f"{_SUITE.value}-{re.sub(r'[^0-9]', '', now[:19])}.png"
-  if timing.plot(results, str(workdir / image)):
-    text += f"\n\n![milliseconds of each contender]({image})"
+  prefix = f"{_SUITE.value}-{re.sub(r'[^0-9]', '', now[:19])}"
+  images = []
+  if timing.plot(results, str(workdir / f"{prefix}.png")):
+    images.append((f"{prefix}.png", "milliseconds of each contender"))
+  if figures is not None:
+    images += figures(results, str(workdir / prefix))
+  for path, caption in images:
+    text += f"\n\n![{caption}]({pathlib.Path(path).name})"
   with (workdir / "report.md").open("a", encoding="utf-8") as file:
     words = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     file.write(f"# {_SUITE.value}, {now}\n\n{words}\n\n{text}\n\n")

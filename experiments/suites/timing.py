@@ -22,9 +22,10 @@ OURS = "multihead"
 
 # Does the job and returns when it is done. It may have attributes `calls`, how
 # many calls it makes before it waits for the device (1 without it), so that
-# short ones are not timed by what a single one costs to launch, and
-# `peak_memory`: a function that does the job once and returns the bytes that it
-# needs beside its inputs, or None where nobody knows.
+# short ones are not timed by what a single one costs to launch; `compile`, a
+# function to call ahead, which compiles and runs nothing; and `peak_memory`, a
+# function that does the job once and returns the bytes that it needs beside its
+# inputs, or None where nobody knows.
 Job = Callable[[], Any]
 
 
@@ -47,6 +48,8 @@ class Case:
       (recomputation does not count), or those of each contender where they
       differ; None where that says nothing.
     traffic: bytes that one call must read and write at least; None likewise.
+    group: on a GPU the cases of a group run in a process of their own, which
+      compiles them while others are timed; "" is this process.
   """
 
   name: str
@@ -55,6 +58,7 @@ class Case:
   unit: str = "tokens"
   flops: float | Mapping[str, float] | None = None
   traffic: float | None = None
+  group: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,24 +103,77 @@ class Result:
     return None if flops is None else flops / self.median
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A case whose jobs are ready to run.
+
+  Attributes:
+    case: the case.
+    jobs: by the contender's name, of those that can run.
+    seconds: that each took to compile, which is not running yet.
+    reasons: why the others cannot run.
+  """
+
+  case: Case
+  jobs: dict[str, Job]
+  seconds: dict[str, float]
+  reasons: dict[str, str]
+
+
+def prepare(case: Case, map: Callable[..., Any] = map) -> Prepared:
+  """Makes all jobs of a case, and compiles what can be compiled ahead.
+
+  Args:
+    case: what will be timed.
+    map: may do several contenders at a time.
+  """
+
+  def make(name):
+    start = time.perf_counter()
+    try:
+      job = case.contenders[name]()
+      if hasattr(job, "compile"):
+        job.compile()
+    except Unavailable as error:
+      return str(error), 0.0
+    except Exception as error:
+      if name.startswith(OURS):
+        raise
+      # A peer's failure is its own, and no reason to stop.
+      return f"{type(error).__name__}: {str(error).strip()[:200]}", 0.0
+    return job, time.perf_counter() - start
+
+  found = dict(zip(case.contenders, map(make, case.contenders), strict=True))
+  ready = {k: v for k, v in found.items() if not isinstance(v[0], str)}
+  return Prepared(
+    case,
+    jobs={name: job for name, (job, _) in ready.items()},
+    seconds={name: seconds for name, (_, seconds) in ready.items()},
+    reasons={k: v[0] for k, v in found.items() if k not in ready},
+  )
+
+
 def run(
-  case: Case, repeats: int, most_seconds: float = math.inf
+  case: Case | Prepared, repeats: int, most_seconds: float = math.inf
 ) -> list[Result]:
   """Times all contenders of a case, turn by turn.
 
   Args:
-    case: what to time.
+    case: what to time, prepared or not.
     repeats: timed calls of each.
     most_seconds: no further turn begins when timed calls have taken so long.
 
   Returns:
     One result per contender.
   """
-  jobs, results = {}, {}
-  for name, prepare in case.contenders.items():
+  ready = prepare(case) if isinstance(case, Case) else case
+  case, jobs, results = ready.case, {}, {}
+  for name in case.contenders:
     try:
-      job = prepare()
-      first = _clock(job)
+      if name in ready.reasons:
+        raise Unavailable(ready.reasons[name])
+      job = ready.jobs.pop(name)
+      first = ready.seconds[name] + _clock(job)
       memory = None
       if hasattr(job, "peak_memory"):
         memory = job.peak_memory()
@@ -215,7 +272,7 @@ def table(
   if measured:
     head.append("peak MiB")
   if bandwidth is not None:
-    head.append("traffic floor ms")
+    head += ["traffic floor ms", "TB/s", "of copy"]
   if peak is not None:
     head += ["TFLOP/s", "of peak"]
   head.append(f"{OURS} is faster by")
@@ -239,6 +296,9 @@ def table(
       traffic = result.case.traffic
       floor = None if traffic is None else 1e3 * traffic / bandwidth
       row.append("" if floor is None else f"{floor:.3g}")
+      moved = None if traffic is None else traffic / result.median
+      row.append("" if moved is None else f"{moved / 1e12:.3g}")
+      row.append("" if moved is None else f"{moved / bandwidth:.1%}")
     if peak is not None:
       known = result.flops is not None
       row.append(f"{result.flops / 1e12:.3g}" if known else "")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from multihead.ops import pallas_compat as pc
+from multihead.ops.attention.mosaic_gpu import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,8 @@ _H100 = Table(
     (256, False): Backward(stages=1, persistent=False),
   },
 )
-# By device kind; a device that is missing takes the H100's.
+# By device kind; a device that is missing takes the H100's. A file that
+# `tables` finds goes before.
 TABLES = {"NVIDIA H100 80GB HBM3": _H100}
 
 
@@ -168,7 +170,8 @@ def keys(width: int, v_width: int, full: bool) -> Backward:
 
 
 def _table() -> Table:
-  return TABLES.get(jax.devices()[0].device_kind, _H100)
+  kind = jax.devices()[0].device_kind
+  return tables.current(kind, TABLES.get(kind, _H100))
 
 
 def _look_up(
