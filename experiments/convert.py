@@ -142,6 +142,8 @@ def _write_run() -> tuple:
       _CHECKPOINT.value, dtype="float32", mesh=run.mesh
     )
   _compare_models(model, run.task.model)
+  if _is_file(_CHECKPOINT.value):
+    params = jax.device_put(params, run.task.param_shardings(run.mesh))
   if not getattr(run.task.model, "scan_layers", True):
     model, params = model.unroll(params)
   state = state_lib.init_state(
@@ -175,11 +177,9 @@ def _read_file(run) -> tuple:
   # What the weights do not tell is as the config says.
   untold = ("img_size", "threshold", "routes", "scale_free", "remat",
             "scan_implementation")  # fmt: skip
-  model, params = mhs_vm.load(
+  return mhs_vm.load(
     _CHECKPOINT.value, **{name: getattr(wanted, name) for name in untold}
   )
-  places = run.task.param_shardings(run.mesh)
-  return model, jax.device_put(params, places)
 
 
 def _compare_models(found, wanted) -> None:
