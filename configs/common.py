@@ -42,6 +42,7 @@ def training() -> ConfigDict:
         "end_factor": 0.1,
         "power": 0.25,
         "weight_decay": 0.1,
+        "decay_all": False,
         "b1": 0.9,
         "b2": 0.95,
         "eps": 1e-8,
@@ -131,6 +132,34 @@ def text_data(**values: Any) -> ConfigDict:
     "train_per_class": 0,
     "label_smoothing": 0.0,
     "prefetch": 2,
+  }
+  data = ConfigDict(keys)
+  data.update(values)
+  return data
+
+
+def segmentation_data(**values: Any) -> ConfigDict:
+  """The same of task segmentation; multihead/data/segmentation.py says more."""
+  keys = {
+    "path": config_dict.placeholder(str),
+    "images": "images",
+    "masks": "masks",
+    "size": 256,
+    "fit": "auto",
+    "num_classes": 1,
+    "instances": False,
+    "classes": "",
+    "normalise": "standard",
+    "augment": "rotations",
+    "soft_masks": False,
+    "validation_fraction": 0.2,
+    "split_seed": 0,
+    "examples": 500,
+    "cache_mb": 1024,
+    "prefetch": 2,
+    "pixel_weight": 1.0,
+    "dice_weight": 1.0,
+    "threshold": 0.5,
   }
   data = ConfigDict(keys)
   data.update(values)

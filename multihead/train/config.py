@@ -63,13 +63,14 @@ class OptimizerConfig:
   Attributes:
     name: adamw, lion or sgd.
     lr: the peak learning rate.
-    schedule: constant, linear, cosine, wsd or power.
+    schedule: constant, linear, cosine, wave, wsd or power.
     warmup_steps: steps of linear rise from 0 to the peak.
     decay_steps: length of the decay; 0 = everything after the warm-up (for
       wsd: a tenth of the run).
     end_factor: the rate at the end of the decay, as a share of the peak.
     power: exponent p of the power schedule, rate ~ t^-p after the warm-up.
     weight_decay: decoupled, on matrices only.
+    decay_all: weight decay is on every parameter.
     b1: first momentum (also sgd's).
     b2: second momentum.
     eps: added to Adam's denominator.
@@ -84,6 +85,7 @@ class OptimizerConfig:
   end_factor: float = 0.1
   power: float = 0.25
   weight_decay: float = 0.1
+  decay_all: bool = False
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8

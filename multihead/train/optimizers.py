@@ -10,7 +10,7 @@ from multihead.errors import UserError, nearest
 from multihead.train.config import OptimizerConfig
 
 OPTIMIZERS = ("adamw", "lion", "sgd")
-SCHEDULES = ("constant", "linear", "cosine", "wsd", "power")
+SCHEDULES = ("constant", "linear", "cosine", "wave", "wsd", "power")
 
 # Parameters that are not matrices of a linear map, by the last part of their
 # path. Decay would pull an SSM's time scales (A_log, dt_bias) and skip (D)
@@ -26,6 +26,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     constant: lr.
     linear, cosine: fall to end_factor * lr over decay_steps (0: the rest of
       the run), and stay there.
+    wave: fall likewise along a cosine, and rise again: back at lr after
+      2 decay_steps, and so on without end.
     wsd: stay at lr, then fall exponentially to end_factor * lr over the last
       decay_steps of the run (0: a tenth of it).
     power: lr * (t / warmup_steps)^-power, with t the number of the update.
@@ -65,6 +67,11 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
       case "cosine":
         wave = 0.5 * (1.0 + jnp.cos(jnp.pi * share))
         factor = config.end_factor + (1.0 - config.end_factor) * wave
+      case "wave":
+        # Its first update is made at lr itself.
+        wave = 0.5 * (1.0 + jnp.cos(jnp.pi * (t - 1.0 - start) / decay))
+        factor = config.end_factor + (1.0 - config.end_factor) * wave
+        factor = jnp.where(t > start, factor, 1.0)
       case "wsd":
         factor = jnp.exp(share * jnp.log(config.end_factor))
       case "power":
@@ -116,7 +123,8 @@ def make_optimizer(
 
   steps = [direction, optax.scale_by_learning_rate(schedule)]
   if config.weight_decay > 0:
-    steps.insert(1, optax.add_decayed_weights(decay, mask=decay_mask))
+    mask = None if config.decay_all else decay_mask
+    steps.insert(1, optax.add_decayed_weights(decay, mask=mask))
   if config.clip_norm > 0:
     steps.insert(0, optax.clip_by_global_norm(config.clip_norm))
   return optax.chain(*steps), schedule

@@ -46,6 +46,16 @@ class ScheduleTest(parameterized.TestCase):
       _rates(n, schedule="cosine", **settings), cosine, rtol=1e-5
     )
 
+  def test_wave_comes_back_and_ends_where_it_is(self):
+    """The rate of VM-UNet: a cosine of period 2 x 50, 300 without restart."""
+    epochs = np.arange(301)
+    published = 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + np.cos(np.pi * epochs / 50))
+    rates = _rates(
+      301, schedule="wave", lr=1e-3, decay_steps=50, end_factor=0.01
+    )
+    np.testing.assert_allclose(rates, published, rtol=1e-3, atol=1e-8)
+    assert rates[300] == pytest.approx(1e-3) and rates[50] < 1.1e-5
+
   def test_decay_shorter_than_the_run_stays_at_its_end(self):
     rates = _rates(9, schedule="linear", lr=1.0, decay_steps=3, end_factor=0.0)
     np.testing.assert_allclose(rates[:3], [2 / 3, 1 / 3, 0], atol=1e-6)
