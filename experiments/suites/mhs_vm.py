@@ -34,7 +34,7 @@ _CPU = dict(
   embed_dim=32, depths=(1, 1, 1, 1), depths_decoder=(1, 1, 1, 1), img_size=128
 )
 _TINY = dict(
-  embed_dim=16, depths=(1, 1), depths_decoder=(1, 1), img_size=16, state_size=4
+  embed_dim=16, depths=(1,), depths_decoder=(1,), img_size=16, state_size=4
 )
 
 
@@ -185,13 +185,12 @@ def _step(model: Any, batch: int) -> Job:
   step = TrainStep(loss_fn, optimizer, schedule, shardings)
   with jax.set_mesh(mesh):
     state = train_state.init_state(
-      functools.partial(sharding.init_params, model),
+      functools.partial(_values, model),
       optimizer,
       shardings,
       seed=0,
       mesh=mesh,
     )
-
   compiled = None
 
   def job():
@@ -214,3 +213,17 @@ def _step(model: Any, batch: int) -> Job:
 
   job.peak_memory = peak_memory
   return job
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _values(model: Any, rng: jax.Array, mesh: Any = None) -> Any:
+  """Small random parameters, drawn at once: initial ones take long to compile."""
+  del mesh
+  leaves, tree = jax.tree.flatten(sharding.abstract_params(model))
+  sizes = [math.prod(leaf.shape) for leaf in leaves]
+  drawn = 0.02 * jax.random.normal(rng, (sum(sizes),))
+  parts = jnp.split(drawn, np.cumsum(sizes)[:-1])
+  return jax.tree.unflatten(
+    tree,
+    [x.reshape(leaf.shape) for x, leaf in zip(parts, leaves, strict=True)],
+  )
