@@ -217,7 +217,7 @@ def _step(model: Any, batch: int) -> Job:
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _values(model: Any, rng: jax.Array, mesh: Any = None) -> Any:
-  """Small random parameters, drawn at once: initial ones take long to compile."""
+  """Small random parameters: initial ones take longer to compile."""
   del mesh
   leaves, tree = jax.tree.flatten(sharding.abstract_params(model))
   sizes = [math.prod(leaf.shape) for leaf in leaves]

@@ -1,0 +1,1 @@
+"""Studies of scan routes, run by `experiments.mhs_vm_routes`."""
