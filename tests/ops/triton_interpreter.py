@@ -38,7 +38,6 @@ def use(monkeypatch, package):
       return torch.from_numpy(array.astype(np.float32)).bfloat16()
     return torch.from_numpy(array.copy())
 
-  # The interpreter keeps its place in a grid in a global variable.
   one_at_a_time = threading.Lock()
 
   def call(kernel, *inputs, out, grid, num_warps, num_stages, **constants):
@@ -48,6 +47,7 @@ def use(monkeypatch, package):
         torch.full(s.shape, torch.nan, dtype=getattr(torch, s.dtype.name))
         for s in out
       ]
+      # Callbacks may run side by side; the interpreter has one grid.
       with one_at_a_time:
         kernel[grid](*map(to_torch, inputs), *results, **constants)
       return tuple(

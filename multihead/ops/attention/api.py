@@ -107,11 +107,11 @@ def attention(
     return_lse: whether to return also the natural log of the sum of the
       exponentials of each row's logits; differentiable.
     implementation: "mosaic_gpu" (Hopper), "cudnn", "triton" (NVIDIA GPUs since
-      Ampere), "splash" (TPU), "xla" (memory linear in T and S, backward by
-      recomputation), "reference" (holds [B, N, T, S]), a sequence of these, or
-      None for the fastest that supports the arguments. On a TPU that is the
-      first of splash, xla; elsewhere of mosaic_gpu, cudnn, triton, xla where H
-      and Hv are 64 or 128, and of cudnn, mosaic_gpu, triton, xla at others.
+      Ampere; runs by name only), "splash" (TPU), "xla" (memory linear in T and
+      S, backward by recomputation), "reference" (holds [B, N, T, S]), a
+      sequence of these, or None for the fastest that supports the arguments. On
+      a TPU that is the first of splash, xla; elsewhere of mosaic_gpu, cudnn,
+      xla where H and Hv are 64 or 128, and of cudnn, mosaic_gpu, xla at others.
       Fewer than 128 rows are too few for splash, fewer than 64 for mosaic_gpu.
 
   Returns:
@@ -192,10 +192,10 @@ def _preference(T: int, width: int, v_width: int) -> tuple[str, ...]:
   if jax.default_backend() == "tpu":
     return ("xla",) if T < _SPLASH_ROWS else ("splash", "xla")
   if T < _MOSAIC_ROWS:
-    return "cudnn", "triton", "xla"
+    return "cudnn", "xla"
   if width in _MOSAIC_WIDTHS and v_width in _MOSAIC_WIDTHS:
-    return "mosaic_gpu", "cudnn", "triton", "xla"
-  return "cudnn", "mosaic_gpu", "triton", "xla"
+    return "mosaic_gpu", "cudnn", "xla"
+  return "cudnn", "mosaic_gpu", "xla"
 
 
 def _shortened(

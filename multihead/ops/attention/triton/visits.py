@@ -6,7 +6,7 @@ A row of tiles visits one range, from its first such tile to its last, and the
 first run of free tiles in it goes without masks.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,36 +96,43 @@ def _tiles(sight: Sight, rows: int, columns: int) -> tuple[Bounds, Bounds]:
     some = some & (low <= most) & (least <= high)
     every = every & (low == high) & (least == most) & (low == least)
   if sight.mask is not None:
-    some = some & _reduce(sight.mask, rows, columns, jnp.any, False)
-    every = every & _reduce(sight.mask, rows, columns, jnp.all, True)
+    some = some & _reduce(sight.mask, rows, columns, "any")
+    every = every & _reduce(sight.mask, rows, columns, "all")
   return some, every
 
 
-def _extremes(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def _api(array: Bounds) -> Any:
+  """What computes with an array: numpy where it is known while tracing."""
+  return np if isinstance(array, np.ndarray) else jnp
+
+
+def _extremes(ids: Bounds, size: int) -> tuple[Bounds, Bounds]:
   """Least and largest id of each tile [B, tiles]."""
   # What is appended lies between the two.
-  ids = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)), mode="edge")
+  widths = ((0, 0), (0, -ids.shape[1] % size))
+  ids = _api(ids).pad(ids, widths, mode="edge")
   ids = ids.reshape(ids.shape[0], -1, size)
   return ids.min(axis=2), ids.max(axis=2)
 
 
-def _reduce(mask, rows, columns, function, empty):
-  """any or all of each tile, [#B, #N, #row tiles, #column tiles]."""
+def _reduce(mask: Bounds, rows: int, columns: int, how: str) -> Bounds:
+  """Whether "any" or "all" of a tile is True: [#B, #N, #tiles, #tiles]."""
   for axis, size in ((2, rows), (3, columns)):
     if mask.shape[axis] == 1:
       continue
     widths = [(0, 0)] * 4
     widths[axis] = (0, -mask.shape[axis] % size)
-    mask = jnp.pad(mask, widths, constant_values=empty)
+    # What is appended hides nothing and shows nothing.
+    mask = _api(mask).pad(mask, widths, constant_values=how == "all")
     shape = mask.shape
     mask = mask.reshape(*shape[:axis], -1, size, *shape[axis + 1 :])
-    mask = function(mask, axis=axis + 1)
+    mask = getattr(mask, how)(axis=axis + 1)
   return mask
 
 
 def _ranges(some: Bounds, every: Bounds) -> Bounds:
   """`row_bounds` from `_tiles`."""
-  api = np if isinstance(some, np.ndarray) else jnp
+  api = _api(some)
   at = np.arange(some.shape[3])
   count = some.shape[3]
   first = api.where(some, at, count).min(axis=3)
