@@ -1,4 +1,4 @@
-"""Fixtures that the tests of several operations share."""
+"""Fixtures that several files of tests share."""
 
 import pytest
 
@@ -22,3 +22,23 @@ def way(request, monkeypatch):
     xla, "_loop_sizes", lambda heads, T, S: (min(T, 6), min(S, 8))
   )
   return "xla"
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+  """Hopper's kernels in small blocks, and two programs for all tiles.
+
+  So rings and barriers outlive a tile.
+  """
+  pallas_compat = pytest.importorskip("multihead.ops.pallas_compat")
+  from multihead.ops.attention.mosaic_gpu import blocks
+
+  monkeypatch.setattr(pallas_compat, "cores", lambda: 2)
+  small = dict(columns=64, persistent=True)
+  monkeypatch.setattr(
+    blocks, "forward", lambda *_: blocks.Forward(overlap=False, **small)
+  )
+  for direction in ("queries", "keys"):
+    monkeypatch.setattr(
+      blocks, direction, lambda *_: blocks.Backward(consumers=1, **small)
+    )

@@ -26,6 +26,8 @@ from multihead.ops.attention.mosaic_gpu import (
   blocks,
   calls,
   forward,
+  key_values,
+  limits,
   visibility,
 )
 from tests.ops.attention_cases import draw, oracle
@@ -77,20 +79,6 @@ def test_interpreted_as_the_table_has_it():
   check_interpreted((200, 200, 1, 1, 64, 64), dict(causal=True))
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-  """Two programs walk over all tiles: rings and barriers outlive a tile."""
-  monkeypatch.setattr(pc, "cores", lambda: 2)
-  small = dict(columns=64, persistent=True)
-  monkeypatch.setattr(
-    blocks, "forward", lambda *_: blocks.Forward(overlap=False, **small)
-  )
-  for direction in ("queries", "keys"):
-    monkeypatch.setattr(
-      blocks, direction, lambda *_: blocks.Backward(consumers=1, **small)
-    )
-
-
 def check_interpreted(shape, options):
   T, S, N, K, H, Hv = shape
   arrays, d_out, d_lse = draw(
@@ -140,7 +128,10 @@ def arithmetic(monkeypatch):
     past = jnp.arange(see.S) > jnp.arange(see.T)[:, None] + see.offset
     return jnp.where(past & (see.right == 0), -jnp.inf, x)
 
-  def attend(q, k, v, *, scale, softcap, see, config, interpret):
+  def attend(
+    q, k, v, limits, *, scale, softcap, see, config, dropout, interpret
+  ):
+    assert limits is None
     x = logits(q, k, see, scale, softcap)
     v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
     out = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(x), v)
@@ -161,14 +152,16 @@ def arithmetic(monkeypatch):
     )
 
   def part(which):
-    def run(*arrays, see, scale, softcap, config, interpret):
+    def run(*arrays, see, scale, softcap, config, dropout, interpret):
+      *arrays, limits = arrays
+      assert limits is None
       return both(*arrays, see, scale, softcap)[which]
 
     return run
 
   monkeypatch.setattr(forward, "attend", attend)
   monkeypatch.setattr(backward, "query_gradient", part(0))
-  monkeypatch.setattr(backward, "key_value_gradients", part(slice(1, 3)))
+  monkeypatch.setattr(key_values, "key_value_gradients", part(slice(1, 3)))
 
 
 def ours(q, k, v, causal=True):
@@ -279,28 +272,58 @@ def test_traces_on_shards(causal, width):
 
 # Without a GPU.
 
+# What is compiled: by name, whether rows see all keys, and `Limits`.
+IDS = ("row_ids", "column_ids")
+VARIANTS = {
+  "full": (True, ()),
+  "causal": (False, ()),
+  "segments": (False, IDS),
+  "lengths": (True, ("lengths",)),
+  "offsets": (False, ("offsets",)),
+  "bias": (False, ("bias",)),
+  "dropout": (True, ("states",)),
+  "all": (False, ("offsets", "lengths", *IDS, "bias", "states")),
+}
 
-def kernel(direction, width, full, dtype="bfloat16", length=4096):
+
+def given_arrays(names, batch, heads, length):
+  """`Limits` of shapes."""
+  int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  every = dict(
+    offsets=int32(batch),
+    lengths=int32(batch),
+    row_ids=int32(batch, length),
+    column_ids=int32(batch, length),
+    bias=jax.ShapeDtypeStruct((1, heads, length, length), jnp.float32),
+    states=jax.ShapeDtypeStruct((batch, heads, length), jnp.uint32),
+  )
+  return limits.Limits(**{name: every[name] for name in names})
+
+
+def kernel(direction, width, full, dtype="bfloat16", length=4096, given=()):
   """A kernel with its options, and the shapes of what it takes."""
   see = visibility.Visibility(length, length, None, None if full else 0, 0)
   table = {
     "forward": (forward.attend, blocks.forward),
     "queries": (backward.query_gradient, blocks.queries),
-    "keys": (backward.key_value_gradients, blocks.keys),
+    "keys": (key_values.key_value_gradients, blocks.keys),
   }
   function, choose = table[direction]
+  extra = given_arrays(given, 4, 16, length)
+  config = choose(width, width, full and not extra.moving)
   function = functools.partial(
     function,
     scale=width**-0.5,
     softcap=None,
     see=see,
-    config=choose(width, width, full),
+    config=blocks.biased(config) if "bias" in given else config,
+    dropout=0.1 if "states" in given else 0.0,
   )
   arrays = structs(4, length, length, 16, 16, width, width, dtype)
   if direction != "forward":
     row = jax.ShapeDtypeStruct((4, 16, length), jnp.float32)
     arrays = *arrays, arrays[0], row, row
-  return function, arrays
+  return function, (*arrays, extra) if given else arrays
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -308,6 +331,15 @@ def kernel(direction, width, full, dtype="bfloat16", length=4096):
 @pytest.mark.parametrize("direction", KERNELS)
 def test_every_configuration_lowers(direction, width, full):
   function, arrays = kernel(direction, width, full)
+  with pc.pretended_hopper():
+    assert "mosaic_gpu" in pc.lower(function, *arrays).as_text()
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS)[2:])
+@pytest.mark.parametrize("direction", KERNELS)
+def test_every_option_lowers(direction, variant):
+  full, given = VARIANTS[variant]
+  function, arrays = kernel(direction, 128, full, length=1000, given=given)
   with pc.pretended_hopper():
     assert "mosaic_gpu" in pc.lower(function, *arrays).as_text()
 
@@ -333,9 +365,21 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-# Bytes a thread may store for want of registers; where it is not 0, that is
+# Bytes a thread may store for want of registers. Without options, that is
 # outside of the loop without a mask.
-SPILLS = {("forward", 64, False): 4, ("keys", 128, True): 4}
+SPILLS = {
+  ("forward", 64, "causal"): 4,
+  ("forward", 128, "dropout"): 4,
+  ("keys", 64, "segments"): 28,
+  ("keys", 64, "offsets"): 4,
+  ("keys", 64, "dropout"): 28,
+  ("keys", 128, "full"): 4,
+  ("keys", 128, "segments"): 4,
+  ("keys", 128, "offsets"): 4,
+  ("keys", 128, "bias"): 16,
+  ("keys", 128, "dropout"): 40,
+  ("keys", 128, "all"): 40,
+}
 
 
 def compile_all():
@@ -352,12 +396,13 @@ def compile_all():
   place = SingleDeviceSharding(device)
   for direction in KERNELS:
     for width in (64, 128):
-      for full in (False, True):
-        function, arrays = kernel(direction, width, full)
-        arrays = [
-          jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arrays
-        ]
-        print("KERNEL", direction, width, full, flush=True)
+      for variant, (full, given) in VARIANTS.items():
+        function, arrays = kernel(direction, width, full, given=given)
+        arrays = jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+          arrays,
+        )
+        print("KERNEL", direction, width, variant, flush=True)
         jax.jit(function).trace(*arrays).lower().compile()
 
 
@@ -403,11 +448,11 @@ def test_compiles_without_spills():
   )
   assert done.returncode == 0, done.stdout[-2000:]
   reports = done.stdout.split("KERNEL ")[1:]
-  assert len(reports) == 12
+  assert len(reports) == 6 * len(VARIANTS)
   for report in reports:
     name = report.splitlines()[0]
-    direction, width, full = name.split()
-    allowed = SPILLS.get((direction, int(width), full == "True"), 0)
+    direction, width, variant = name.split()
+    allowed = SPILLS.get((direction, int(width), variant), 0)
     spills = [int(x) for x in re.findall(r"(\d+) bytes spill stores", report)]
     assert spills, report
     assert max(spills) <= allowed, name
@@ -460,20 +505,47 @@ def test_preference(shape, chosen, hopper):
   "text, options",
   [
     (None, dict(causal=True, softcap=3.0, window=(9, 2), return_lse=True)),
-    ("bias", dict(bias=np.zeros((64, 64), np.float32))),
-    ("no mask", dict(mask=np.ones((64, 64), bool))),
-    (
-      "segment",
-      dict.fromkeys(
-        ("q_segment_ids", "kv_segment_ids"), np.zeros((1, 64), np.int32)
-      ),
-    ),
-    ("q_offset", dict(causal=True, q_offset=np.zeros(1, np.int32))),
     ("positive scale", dict(scale=-1.0)),
   ],
 )
 def test_limits_of_options(text, options, hopper):
   said = ops.describe("attention", *structs(1, 64, 64, 2, 2, 64, 64), **options)
+  reason = said.reasons["mosaic_gpu"]
+  assert reason is None if text is None else text in reason
+
+
+UNTRIED = {
+  "bias": dict(bias=np.zeros((64, 64), np.float32)),
+  "mask": dict(mask=np.ones((64, 64), bool)),
+  "segments": dict.fromkeys(
+    ("q_segment_ids", "kv_segment_ids"), np.zeros((1, 64), np.int32)
+  ),
+  "offsets": dict(causal=True, q_offset=np.zeros(1, np.int32)),
+  "lengths": dict(kv_lengths=np.zeros(1, np.int32), deterministic=True),
+  "dropout": dict(dropout_rate=0.1, dropout_key=np.zeros(2, np.uint32)),
+}
+
+
+@pytest.mark.parametrize("name", UNTRIED)
+def test_what_no_gpu_has_confirmed_needs_the_name(name, hopper):
+  arrays = structs(1, 64, 64, 2, 2, 64, 64)
+  describe = functools.partial(
+    ops.describe, "attention", *arrays, **UNTRIED[name]
+  )
+  assert describe().chosen not in ("mosaic_gpu", None)
+  assert describe(implementation="mosaic_gpu").chosen == "mosaic_gpu"
+
+
+@pytest.mark.parametrize(
+  "text, H, options",
+  [
+    ("bias for head dims up to 128", 192, UNTRIED["bias"]),
+    ("mask for head dims up to 128", 192, UNTRIED["mask"]),
+    (None, 192, UNTRIED["segments"]),
+  ],
+)
+def test_limits_of_wide_heads(text, H, options, hopper):
+  said = ops.describe("attention", *structs(1, 64, 64, 2, 2, H, H), **options)
   reason = said.reasons["mosaic_gpu"]
   assert reason is None if text is None else text in reason
 

@@ -113,6 +113,8 @@ def attention(
       a TPU that is the first of splash, xla; elsewhere of mosaic_gpu, cudnn,
       xla where H and Hv are 64 or 128, and of cudnn, mosaic_gpu, xla at others.
       Fewer than 128 rows are too few for splash, fewer than 64 for mosaic_gpu.
+      Calls with ids, bias, mask, dropout, or lengths or offsets in an array
+      take mosaic_gpu only if it is named.
 
   Returns:
     [B, T, N, Hv] in q's dtype; with return_lse a pair of it and [B, N, T] in
@@ -164,10 +166,13 @@ def attention(
     lengths = checks.per_item("kv_lengths", kv_lengths, B, S)
     args |= _shortened(args, lengths)
     full = (B, N, T, args["k"].shape[1])
+  preference = _preference(T, H, v.shape[-1])
+  if not mosaic_gpu.confirmed(args):
+    preference = tuple(n for n in preference if n != "mosaic_gpu")
   module = dispatch.select(
     "attention",
     _IMPLEMENTATIONS,
-    _preference(T, H, v.shape[-1]),
+    preference,
     implementation,
     args,
   )

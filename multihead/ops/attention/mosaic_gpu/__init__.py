@@ -1,8 +1,9 @@
 """Attention for NVIDIA Hopper, in Pallas on Mosaic GPU.
 
-`forward` and `backward` hold the kernels, `visibility` what of the matrix they
-visit, `blocks` how they cut it, and `calls` joins them and says what `vmap` and
-derivatives of them are.
+`forward`, `backward`, `key_values` and `bias_gradient` hold the kernels,
+`visibility` and `limits` what of the matrix they visit, `extras` what else they
+may take, `blocks` how they cut it, and `calls` joins them and says what `vmap`
+and derivatives of them are.
 """
 
 from typing import Any
@@ -36,21 +37,28 @@ def supports(args: dict[str, Any]) -> str | None:
   return _option_limit(args)
 
 
+def confirmed(args: dict[str, Any]) -> bool:
+  """Whether calls with these options were compared with others on a GPU.
+
+  The rest was compared in the interpreter only: it runs if it is named.
+  """
+  arrays = "bias", "mask", "q_segment_ids", "kv_lengths", "dropout_words"
+  return isinstance(args["q_offset"], int) and all(
+    args[name] is None for name in arrays
+  )
+
+
 def _option_limit(args: dict[str, Any]) -> str | None:
-  if args["bias"] is not None:
-    return "has no bias; cudnn and xla have it"
-  if args["mask"] is not None:
-    return "has no mask; xla has it"
-  if args["q_segment_ids"] is not None:
-    return "has no segment ids; xla has them"
-  if args["kv_lengths"] is not None:
-    return "has no kv_lengths per batch item; xla has them"
-  if args["dropout_rate"]:
-    return "has no dropout; xla has it"
-  if not isinstance(args["q_offset"], int):
-    return (
-      "needs q_offset to be known while tracing, got an array; xla takes one"
-    )
+  wide = max(args["q"].shape[3], args["v"].shape[3])
+  for name in ("bias", "mask"):
+    if args[name] is not None and wide > 128:
+      return (
+        f"has {name} for head dims up to 128 only, got {wide}; xla has it for "
+        "all"
+      )
+  bias = args["bias"]
+  if bias is not None and bias.dtype == "float64":
+    return "takes no bias of dtype float64; xla does"
   if args["scale"] <= 0:
     return f"needs a positive scale, got {args['scale']}; xla takes any"
   return manual_axes.refusal()

@@ -169,6 +169,14 @@ def keys(width: int, v_width: int, full: bool) -> Backward:
   return _look_up(_table().keys, width, v_width, full)
 
 
+def biased(config: Any) -> Any:
+  """Sizes for a call with bias, of which a tile streams by too."""
+  changed = {"columns": 64, "consumers": 2}
+  if isinstance(config, Forward):
+    changed["overlap"] = False
+  return dataclasses.replace(config, **changed)
+
+
 def _table() -> Table:
   kind = jax.devices()[0].device_kind
   return tables.current(kind, TABLES.get(kind, _H100))

@@ -19,6 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from multihead.ops import pallas_compat as pc
 from multihead.ops.attention.mosaic_gpu import blocks, visibility
+from multihead.ops.attention.mosaic_gpu.extras import Extras
+from multihead.ops.attention.mosaic_gpu.limits import Limits
 
 _LOG2E = math.log2(math.e)
 # Keys and values that programs running together should find in the L2 cache.
@@ -169,11 +171,13 @@ def attend(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
+  limits: Limits | None = None,
   *,
   scale: float,
   softcap: float | None,
   see: visibility.Visibility,
   config: blocks.Forward,
+  dropout: float = 0.0,
   interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Output [B, T, N, Hv], and the natural log of the sums [B, N, T] in float32.
@@ -184,10 +188,12 @@ def attend(
     q: [B, T, N, H].
     k: [B, S, K, H].
     v: [B, S, K, Hv].
+    limits: what else decides over weights.
     scale: of the products, positive.
     softcap: bound of the logits or None.
     see: the visible part of the matrix.
     config: block sizes.
+    dropout: share of the weights to drop; goes with `limits.states`.
     interpret: None, or `pallas_compat.interpreter()`.
   """
   (B, T, N, _), K, Hv = q.shape, k.shape[2], v.shape[3]
@@ -201,29 +207,32 @@ def attend(
   row_tiles = -(-T // block)
   size = jnp.dtype(dtype).itemsize
   turns = config.turns and W > 1
+  extras = Extras(see, limits, B, config, keys=(k, v))
   plan = order(
     B,
     N,
     N // K,
     row_tiles,
     S * (width + v_width) * size,
-    see.full,
+    see.full and not extras.moving,
     pc.cores() if config.persistent else None,
   )
   _, shared_output = blocks.forward_bytes(config, width, v_width, dtype)
-  edge_first, edge_more, edge_left = visibility.edges(see, block, columns)
+  edge_first, edge_more, edge_left = extras.edges
   # In base 2: one multiplication and one exponential an element.
   factor = _LOG2E * (scale if softcap is None else softcap)
 
-  def span(program, turn):
+  def span(program, turn, more):
     """What one tile of rows does: where it is, and which columns it visits."""
     item, head, row = plan.tile(program, turn)
     first = row * block
-    bounds = visibility.column_tiles(see, first, block, columns)
-    return item, head, first, [jnp.asarray(x, i32) for x in bounds]
+    bounds = extras.bounds(more, item, row, first)
+    return item, head, first, bounds
 
-  def body(q_g, k_g, v_g, o_g, l_g, *scratch):
-    q_s, k_s, v_s, l_s, *rest = scratch
+  def body(q_g, k_g, v_g, *rest):
+    more, rest = extras.split(rest)
+    o_g, l_g, q_s, k_s, v_s, l_s, *rest = rest
+    more, rest = extras.split_scratch(rest, more)
     o_s = q_s if shared_output else rest.pop(0)
     q_full, q_empty, k_full, k_empty, v_full, v_empty = rest
     program, w = lax.axis_index("cta"), lax.axis_index("wg")
@@ -241,19 +250,28 @@ def attend(
 
       return pl.run_scoped(run, plgpu.ACC((rows, columns), f32))
 
-    def weights(s, top, total, masked, first, tile):
+    def scaled(s):
+      return s if extras.biased else s * factor
+
+    def weights(s, top, total, masked, slot, first, tile, bounds):
       """Weights of a tile, and the running maximum and sum of every row."""
       if softcap is not None:
         s = jnp.tanh(s * (scale / softcap))
+      if extras.biased:
+        s = extras.biased_logits(s * factor, more, w, slot)
       if masked:
-        keep = visibility.visible(see, first, tile * columns, rows, columns)
+        keep = extras.visible(more, w, slot, first, tile, bounds)
         s = jnp.where(keep, s, -jnp.inf)
-      new = jnp.maximum(top, s.max(axis=1) * factor)
+      new = jnp.maximum(top, scaled(s.max(axis=1)))
       # -inf - -inf would be NaN.
-      base = jnp.where(new == -jnp.inf, 0.0, new) if masked else new
+      empty = masked or extras.biased
+      base = jnp.where(new == -jnp.inf, 0.0, new) if empty else new
       shrink = jnp.exp2(top - base)
-      p = jnp.exp2(s * factor - pc.widen(base, s.shape))
+      p = jnp.exp2(scaled(s) - pc.widen(base, s.shape))
       total = total * shrink + p.sum(axis=1)
+      if dropout:
+        keep = extras.kept(dropout, more, w, slot, first, tile)
+        p = jnp.where(keep, p, 0.0)
       return p, new, total, shrink
 
     def narrow(p):
@@ -263,7 +281,8 @@ def attend(
       return lax.optimization_barrier(p.astype(dtype))
 
     def consume(turn, start):
-      item, head, first, (low, free_low, free_high, high) = span(program, turn)
+      item, head, first, bounds = span(program, turn, more)
+      low, free_low, free_high, high = bounds.tiles
       first = first + w * rows
       plgpu.barrier_wait(q_full.at[w])
 
@@ -274,10 +293,21 @@ def attend(
       if turns:
         _take_turn()
       s = scores(slot(0))
-      plgpu.barrier_arrive(k_empty.at[slot(0)])
+      late = extras.read_late(edge_first)
+      if not late:
+        plgpu.barrier_arrive(k_empty.at[slot(0)])
       p, top, total, _ = weights(
-        s, full_row(-jnp.inf), full_row(0.0), edge_first, first, high - 1
+        s,
+        full_row(-jnp.inf),
+        full_row(0.0),
+        edge_first,
+        slot(0),
+        first,
+        high - 1,
+        bounds,
       )
+      if late:
+        plgpu.barrier_arrive(k_empty.at[slot(0)])
       p = narrow(p)
       o = pc.register_full((rows, v_width), 0, f32, pc.WGMMA)
 
@@ -288,9 +318,10 @@ def attend(
           plgpu.barrier_wait(k_full.at[now])
           if turns:
             _take_turn()
-          arguments = (masked, first, high - 1 - i)
+          arguments = (masked, now, first, high - 1 - i, bounds)
+          late = extras.read_late(masked)
           # With a mask, both together need more registers than there are.
-          if config.overlap and not masked and interpret is None:
+          if config.overlap and not masked and not late and interpret is None:
 
             def both(s_acc, o_acc):
               o_acc[...] = o
@@ -317,8 +348,11 @@ def attend(
             o = pc.product(o, p, v_s.at[before], interpret)
             plgpu.barrier_arrive(v_empty.at[before])
             s = scores(now)
-            plgpu.barrier_arrive(k_empty.at[now])
+            if not late:
+              plgpu.barrier_arrive(k_empty.at[now])
             p, top, total, shrink = weights(s, top, total, *arguments)
+            if late:
+              plgpu.barrier_arrive(k_empty.at[now])
             o = o * pc.widen(shrink, o.shape)
           return o, top, total, narrow(p)
 
@@ -343,6 +377,8 @@ def attend(
       o = pc.product(o, p, v_s.at[last], interpret)
       plgpu.barrier_arrive(v_empty.at[last])
       scale_out = 1.0 / jnp.where(total == 0.0, 1.0, total)
+      if dropout:
+        scale_out = scale_out * (1 / (1 - dropout))
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       o_s[w] = (o * pc.widen(scale_out, o.shape)).astype(dtype)
       l_s[w] = (top + jnp.log2(total)) * (1 / _LOG2E)
@@ -362,33 +398,49 @@ def attend(
 
     def producer():
       def row_tile(turn, start):
-        item, head, first, (low, _, _, high) = span(program, turn)
+        item, head, first, bounds = span(program, turn, more)
+        low, _, _, high = bounds.tiles
         kv_head = lax.div(head, i32(N // K))
         count = high - low
 
-        def load(g, s, full, empty):
+        def load(name, g, s, full, empty):
           def at(i):
             slot = ring_slot(start + i, stages)
             pl.when(start + i >= stages)(
               lambda: plgpu.barrier_wait(empty.at[slot])
             )
             here = pl.ds((high - 1 - i) * columns, columns)
-            plgpu.copy_gmem_to_smem(
+            tile = high - 1 - i
+            extras.load_tail(
+              more,
+              name,
               g.at[item, here, kv_head],
+              (item, kv_head),
               s.at[slot],
               full.at[slot],
+              extras.ends(bounds, tile),
             )
+            if name == "k":
+              extras.load_columns(
+                more,
+                slot,
+                (item, head, first),
+                tile * columns,
+                full.at[slot],
+              )
 
           return at
 
-        load_k = load(k_g, k_s, k_full, k_empty)
-        load_v = load(v_g, v_s, v_full, v_empty)
+        load_k = load("k", k_g, k_s, k_full, k_empty)
+        load_v = load("v", v_g, v_s, v_full, v_empty)
         for i in range(W):
           pl.when(turn > 0)(lambda i=i: plgpu.barrier_wait(q_empty.at[i]))
+          here = pl.ds(first + i * rows, rows)
           plgpu.copy_gmem_to_smem(
-            q_g.at[item, pl.ds(first + i * rows, rows), head],
-            q_s.at[i],
-            q_full.at[i],
+            q_g.at[item, here, head], q_s.at[i], q_full.at[i]
+          )
+          extras.load_rows(
+            more, i, (item, head, first + i * rows), q_full.at[i]
           )
         load_k(i32(0))
 
@@ -427,10 +479,11 @@ def attend(
       pc.tiled((stages, columns, width), dtype),
       pc.tiled((stages, columns, v_width), dtype),
       pc.shared((W, rows), f32),
+      *extras.scratch.values(),
       *([] if shared_output else [pc.tiled((W, rows, v_width), dtype)]),
+      pc.barriers(W, 1 + extras.row_copies),
       pc.barriers(W),
-      pc.barriers(W),
-      pc.barriers(stages),
+      pc.barriers(stages, 1 + extras.column_copies),
       pc.barriers(stages, W),
       pc.barriers(stages),
       pc.barriers(stages, W),
@@ -438,7 +491,7 @@ def attend(
     grid={"cta": plan.programs},
     warpgroups=W + 1,
     interpret=interpret,
-  )(q, k, v)
+  )(q, k, v, *extras.inputs.values())
   return out[:, :T, :, :Hv], lse[:, :, :T]
 
 

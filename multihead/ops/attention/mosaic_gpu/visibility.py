@@ -109,7 +109,17 @@ def edges(see: Visibility, rows: int, columns: int) -> tuple[bool, bool, bool]:
   return first, more, see.left is not None
 
 
-def visible(see: Visibility, first, column, rows: int, columns: int):
+def visible(
+  see: Visibility,
+  first,
+  column,
+  rows: int,
+  columns: int,
+  *,
+  offset=None,
+  length=None,
+  ids=None,
+):
   """bool [rows, columns] in registers: which elements of a tile are visible.
 
   Args:
@@ -118,6 +128,9 @@ def visible(see: Visibility, first, column, rows: int, columns: int):
     column: first column of the tile.
     rows: rows of the tile.
     columns: columns of the tile.
+    offset: position of row 0, an int32 scalar, in place of that of `see`.
+    length: number of columns in use, likewise.
+    ids: those of the rows and of the columns, which must be equal.
   """
   shape = (rows, columns)
   at = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=pc.WGMMA)
@@ -126,18 +139,22 @@ def visible(see: Visibility, first, column, rows: int, columns: int):
     row = plgpu.broadcasted_iota(
       jnp.int32, (rows,), 0, layout=pc.WGMMA.reduce(1)
     )
-    place = row + (first + see.offset - column)
+    place = row + (first + (see.offset if offset is None else offset) - column)
   # A bound per row: what is left for every element is one sum, one comparison.
   stop = None
   if see.right is not None:
     stop = place + (see.right + 1)
-  if see.S % columns:
-    length = see.S - column
-    stop = length if stop is None else jnp.minimum(stop, length)
+  if length is not None or see.S % columns:
+    end = (see.S if length is None else length) - column
+    stop = end if stop is None else jnp.minimum(stop, end)
   keep = None
   if stop is not None:
     keep = at < (stop if stop.ndim == 0 else pc.widen(stop, shape))
   if see.left is not None:
     more = at >= pc.widen(place - see.left, shape)
     keep = more if keep is None else keep & more
+  if ids is not None:
+    row_ids, column_ids = ids
+    same = pc.widen(row_ids, shape) == pc.widen_rows(column_ids, shape)
+    keep = same if keep is None else keep & same
   return keep
