@@ -87,6 +87,19 @@ class Backward:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fused:
+  """How the kernel for all gradients cuts its work: 128 keys, 64 queries.
+
+  Attributes:
+    stages: tiles of queries in shared memory.
+    persistent: as above.
+  """
+
+  stages: int = 2
+  persistent: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
   """Block sizes by padded head dim, and by whether rows see all keys.
 
@@ -96,11 +109,14 @@ class Table:
     forward: of the forward kernel.
     queries: of the kernel for the gradient of queries.
     keys: of the kernel for the gradients of keys and values.
+    fused: of the kernel for all gradients, where it is the faster way; only for
+      the head dims that are given.
   """
 
   forward: Mapping[tuple[int, bool], Forward]
   queries: Mapping[tuple[int, bool], Backward]
   keys: Mapping[tuple[int, bool], Backward]
+  fused: Mapping[tuple[int, bool], Fused]
 
 
 # Head dims 64 and 128: the fastest of those timed in bfloat16 at T = 4096
@@ -142,6 +158,7 @@ _H100 = Table(
     (256, True): Backward(stages=1),
     (256, False): Backward(stages=1, persistent=False),
   },
+  fused={(128, True): Fused(), (128, False): Fused(persistent=False)},
 )
 # By device kind; a device that is missing takes the H100's. A file that
 # `tables` finds goes before.
@@ -175,6 +192,17 @@ def biased(config: Any) -> Any:
   if isinstance(config, Forward):
     changed["overlap"] = False
   return dataclasses.replace(config, **changed)
+
+
+def fused(width: int, v_width: int, full: bool) -> Fused | None:
+  """Those of the kernel for all gradients; None where two kernels are faster.
+
+  Args:
+    width: head dim of queries and keys.
+    v_width: head dim of values.
+    full: whether rows see all keys.
+  """
+  return _table().fused.get((width, full)) if width == v_width else None
 
 
 def _table() -> Table:

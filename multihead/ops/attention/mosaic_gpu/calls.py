@@ -15,6 +15,7 @@ from multihead.ops.attention.mosaic_gpu import (
   bias_gradient,
   blocks,
   forward,
+  fused_backward,
   key_values,
   visibility,
 )
@@ -22,17 +23,26 @@ from multihead.ops.attention.mosaic_gpu.limits import Limits
 
 
 class _Static(NamedTuple):
-  """What is static in a call; the names are those of the kernels' options."""
+  """What is static in a call.
+
+  All but the last are options of every kernel, by the same names.
+  """
 
   scale: float
   softcap: float | None
   see: visibility.Visibility
   interpret: Any
   dropout: float
+  deterministic: bool
 
   def full(self, limits: Limits | None) -> bool:
     """Whether every row sees every column."""
     return self.see.full and not (limits or Limits()).moving
+
+  def options(self) -> dict[str, Any]:
+    options = self._asdict()
+    del options["deterministic"]
+    return options
 
 
 def run(
@@ -53,6 +63,7 @@ def run(
   kv_lengths: jax.Array | None = None,
   dropout_rate: float = 0.0,
   dropout_words: jax.Array | None = None,
+  deterministic: bool = False,
   interpret: Any = None,
   **unused: Any,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -68,7 +79,7 @@ def run(
     offsets = q_offset if (left, right) != (None, None) else None
     q_offset = 0
   see = visibility.Visibility(T, S, left, right, q_offset)
-  static = _Static(scale, softcap, see, interpret, dropout_rate)
+  static = _Static(scale, softcap, see, interpret, dropout_rate, deterministic)
   hidden = None
   if mask is not None:
     # Only what is added has a gradient.
@@ -111,7 +122,7 @@ def _attention(
   if limits is not None and limits.bias is not None:
     config = blocks.biased(config)
   return _mappable(
-    functools.partial(forward.attend, config=config, **static._asdict())
+    functools.partial(forward.attend, config=config, **static.options())
   )(q, k, v, limits)
 
 
@@ -159,8 +170,16 @@ def _gradients(
   arrays = q, k, v, d_out, *terms, limits
 
   def launch(kernel, **options):
-    options |= static._asdict()
+    options |= static.options()
     return _mappable(functools.partial(kernel, **options))(*arrays)
+
+  if limits is None and not static.deterministic:
+    choice = fused_backward.choose(q, k, v, static.see, static.softcap)
+    if choice is not None:
+      options = static.options() | {"config": choice}
+      del options["dropout"]
+      one = functools.partial(fused_backward.gradients, **options)
+      return *_mappable(one)(*arrays[:-1]), None
 
   configs = blocks.queries(*sizes), blocks.keys(*sizes)
   if limits is not None and limits.bias is not None:
