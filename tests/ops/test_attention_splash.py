@@ -67,7 +67,8 @@ def test_mapped(interpreted):
         )
       )
 
-    return jax.vmap(jax.grad(loss))(x, jnp.array([[40], [7]]))
+    step = jax.jit(jax.vmap(jax.grad(loss)))
+    return step(x, jnp.array([[40], [7]]))
 
   np.testing.assert_allclose(
     gradient("splash"), gradient("reference"), atol=1e-5

@@ -30,10 +30,8 @@ def add(
   """
   sinks = sinks.astype(lse.dtype)[:, None]
   empty = lse == -jnp.inf
-  # Written so that neither -inf (no key, or a sink of -inf) meets another in
-  # a difference, whose gradient would be NaN.
+  # Else the gradient of a difference of infinities: no key, a sink of -inf.
   some = jnp.where(empty, 0, lse)
-  ahead = jnp.where(empty, -jnp.inf, some - sinks)
-  share = jax.nn.sigmoid(ahead).swapaxes(1, 2)[..., None]
+  share = jax.nn.sigmoid(some - sinks).swapaxes(1, 2)[..., None]
   total = jnp.where(empty, sinks, jnp.logaddexp(some, sinks))
   return (out.astype(lse.dtype) * share).astype(out.dtype), total
