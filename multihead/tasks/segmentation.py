@@ -361,7 +361,10 @@ class Segmentation:
     if self.data.augment != "synapse":
       return pair_transforms.resize_mask(mask, shape)
     # Back by the same resampling that made the sample, as published.
-    return pair_transforms.zoom(mask[..., None], mask, shape)[1]
+    from scipy import ndimage  # a dependency of jax
+
+    factors = [new / old for new, old in zip(shape, mask.shape, strict=True)]
+    return ndimage.zoom(mask, factors, order=0)
 
   def draw(self, params: Any, workdir: str) -> dict[str, str]:
     """Draws validation samples with their masks, and the gates of the scans.
@@ -396,7 +399,9 @@ class Segmentation:
       name = "gates.png"
       routes = self.model.routes or ROUTES[: self.model.heads]
       segmentation_figures.gates(
-        os.path.join(workdir, name), gates, [str(route) for route in routes]
+        os.path.join(workdir, name),
+        gates,
+        [getattr(r, "__name__", r) for r in routes],
       )
       figures["Open gates of the scan routes"] = name
     return figures
