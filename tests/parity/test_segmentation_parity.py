@@ -33,7 +33,9 @@ def masks(count, seed):
 
 
 def test_isic_challenge_scoring(tmp_path):
-  scoring = pytest.importorskip("isic_challenge_scoring")
+  scoring = pytest.importorskip(
+    "isic_challenge_scoring", reason="pip install 'multihead[parity]'"
+  )
   truth, taken = masks(24, 0)
   folders = tmp_path / "truth", tmp_path / "taken"
   for folder, images in zip(folders, (truth, taken)):
@@ -53,7 +55,9 @@ def test_isic_challenge_scoring(tmp_path):
 
 @pytest.mark.parametrize("spacing", [1.0, (3.0, 0.7, 1.2)])
 def test_medpy_of_a_volume(spacing):
-  binary = pytest.importorskip("medpy.metric.binary")
+  binary = pytest.importorskip(
+    "medpy.metric.binary", reason="pip install 'multihead[parity]'"
+  )
   truth, taken = (x[4:] for x in masks(16, 1))
   found = segmentation.case_scores(
     taken.astype(int), truth.astype(int), 1, spacing
@@ -63,7 +67,9 @@ def test_medpy_of_a_volume(spacing):
 
 
 def test_medpy_of_slices():
-  binary = pytest.importorskip("medpy.metric.binary")
+  binary = pytest.importorskip(
+    "medpy.metric.binary", reason="pip install 'multihead[parity]'"
+  )
   for truth, taken in zip(*masks(24, 2)):
     if truth.any() or taken.any():  # else medpy divides 0 by 0
       assert segmentation.dice(taken, truth) == pytest.approx(
