@@ -44,7 +44,6 @@ LONG = Shape(2, 130, 150, 2, 1, 32, 32)
     "lengths, some empty",
     "bias of heads",
     "bias of positions",
-    "mask of keys",
     "dropout, causal",
     "everything",
   ],
@@ -158,3 +157,22 @@ def test_no_visible_pair_is_skipped_and_no_masked_one_is_free(seed):
         # Rows past the length are emptied in the end.
         free = free[: max(lengths[b] - i * r, 0)]
       assert free.all()
+
+
+@interpreted
+def test_mapped_bias_that_the_items_of_a_batch_share(interpreter):
+  draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+  q, k, v = (draw(i, 3, 2, 20, 1, 32).astype("bfloat16") for i in range(3))
+  bias = draw(3, 3, 1, 1, 20, 20)
+
+  def evaluate(implementation, *arrays):
+    attend = lambda q, k, v, bias: ops.attention(
+      q, k, v, bias=bias, implementation=implementation
+    )
+    out, pull = jax.vjp(jax.vmap(attend), *arrays)
+    return out, *pull(jnp.cos(out))
+
+  got = evaluate("mosaic_gpu", q, k, v, bias)
+  want = evaluate("reference", *(x.astype("float32") for x in (q, k, v)), bias)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=4e-2)
