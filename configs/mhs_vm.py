@@ -59,7 +59,7 @@ _DATA = {
   "isic17": dict(size=256, prefetch=8, cache_mb=8192),
   "isic18": dict(size=256, prefetch=8, cache_mb=8192),
   "synapse": dict(
-    size=224, num_classes=9, augment="synapse", normalise="minmax", prefetch=8
+    size=224, num_classes=9, augment="synapse", normalise="none", prefetch=8
   ),
 }
 _FAITHFUL_DATA = dict(normalise="published", augment="isic", soft_masks=True)

@@ -5,6 +5,7 @@ import math
 
 import jax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from experiments.suites import mhs_vm
 from tests.experiments.scripts import run_scripts
@@ -39,7 +40,7 @@ def dots(jaxpr):
       total += size * math.prod(left[i] for i in contract)
     if equation.primitive.name == "scan":
       continue
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jaxprs_in_params(equation.params):
       total += dots(inner)
   return total
 
