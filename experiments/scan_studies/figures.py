@@ -53,10 +53,11 @@ def curves(path: str, fits: Mapping[str, Fit], title: str) -> str:
 
 
 def heat_maps(path: str, fit: Fit, image: np.ndarray) -> str:
-  """What each scan of each head of the first block puts out, and the gates.
+  """What each scan of the first block adds to the mean of its head's four.
 
-  Drawn is the mean over channels of the size of the results, each head on a
-  scale of its own, and of the gate; of the first seed.
+  All four hold the pixel itself (D u), which hides the rest. Drawn is the mean
+  over channels of the size of the difference, each head on a scale of its own,
+  and of the gate; of the first seed.
 
   Args:
     path: of the PNG.
@@ -73,7 +74,7 @@ def heat_maps(path: str, fit: Fit, image: np.ndarray) -> str:
   gate = np.asarray(
     scan_route_gate(np.moveaxis(ys, 1, 0), fit.model.threshold or 0.0)
   ).mean(-1)
-  sizes = np.abs(ys).mean(-1)
+  sizes = np.abs(ys - ys.mean(axis=1, keepdims=True)).mean(-1)
   figure = Figure(figsize=(11, 1.9 * len(ys)), dpi=110)
   grid = figure.subplots(len(ys), 6, squeeze=False)
   for head, row in enumerate(grid):
