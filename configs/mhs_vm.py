@@ -8,8 +8,8 @@ r"""MHS-VM (arXiv 2406.05992) and VM-UNet (arXiv 2402.02491), segmentation.
 | variant | hardware | expect |
 |---|---|---|
 | tiny | 1 CPU core, a minute | nothing: for tests |
-| nuclei | 2 CPU cores, minutes | docs/systems/mhs_vm.md |
-| lesions | 2 CPU cores, minutes | drawn lesions, exact masks |
+| nuclei | 2 busy CPU cores, 7 minutes | IoU 0.89 (Otsu 0.81), DSC 0.94 |
+| lesions | 2 CPU cores, not measured | drawn lesions, exact masks |
 | isic17, isic18 | 1 GPU, not measured | your images: config.data.path, with |
 | | | train/ and val/, each images/ and masks/ |
 | synapse | 1 GPU, not measured | your files: config.data.path |
@@ -63,7 +63,7 @@ _DATA = {
   ),
 }
 _FAITHFUL_DATA = dict(normalise="published", augment="isic", soft_masks=True)
-# Training images in the authors' archives; RECALL: 1,500 and 1,886.
+# Training images in VM-UNet's archives, as far as is known.
 _EPOCHS = dict(isic17=-(-1500 // 32), isic18=-(-1886 // 32))
 
 
