@@ -141,9 +141,10 @@ def test_imports_are_required_and_requirements_are_imported():
   used = set()
   for folder in ("multihead", "experiments", "configs"):
     top, inner = map(_distributions, _imports(folder))
-    # ml_dtypes comes with jax, which gives it its dtypes.
+    # ml_dtypes comes with jax, which gives it its dtypes, and so does scipy.
     assert not top - required - {"ml-dtypes"}, f"{folder}: not in setup.py"
-    assert not inner - required - extras - {"ml-dtypes", "jaxlib"}, folder
+    with_jax = {"ml-dtypes", "jaxlib", "scipy"}
+    assert not inner - required - extras - with_jax, folder
     used |= top | inner
   assert required <= used  # nothing is asked for in vain
 
