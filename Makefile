@@ -69,8 +69,9 @@ test: $(VENV)/.test
 
 parity: $(PARITY_VENV)/.parity
 	XLA_FLAGS="$(OPTIMISED)" $(PARITY_VENV)/bin/python $(PYTEST) -m "not gpu" \
-	  -n $(WORKERS) --dist worksteal \
-	  tests/parity tests/ops/test_*_triton.py $(PYTEST_ARGS)
+	  tests/parity $(PYTEST_ARGS)
+	$(PARITY_VENV)/bin/python $(PYTEST) -m "not gpu" -n $(WORKERS) \
+	  --dist worksteal tests/ops/test_*_triton.py $(PYTEST_ARGS)
 
 notebooks: $(VENV)/.dev
 	$(VENV)/bin/python $(PYTEST) --nbmake notebooks $(PYTEST_ARGS)
