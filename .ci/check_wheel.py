@@ -38,7 +38,9 @@ def main() -> None:
       importlib.import_module(name)
     except ModuleNotFoundError as error:
       # Triton's kernels are imported where there is a GPU to launch them.
-      kernels = name.endswith((".triton.kernels", ".triton_probe"))
+      kernels = name.endswith(
+        (".triton.kernels", ".triton.parts", ".triton_probe")
+      )
       if not kernels or error.name != "triton":
         raise
 

@@ -66,7 +66,7 @@ for path in sorted(root.rglob("*.py")):
   names.append(".".join(parts))
 for name in names:
   # The kernels' own files, which are imported where one is launched.
-  kernels = name.endswith((".triton.kernels", ".triton.parts", "triton_probe"))
+  kernels = name.endswith((".triton.kernels", ".triton.parts", ".triton_probe"))
   try:
     module = importlib.import_module(name)
   except ModuleNotFoundError as error:
