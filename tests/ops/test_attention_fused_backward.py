@@ -29,6 +29,7 @@ from multihead.ops.attention.mosaic_gpu import (
   key_values,
   visibility,
 )
+from multihead.ops.attention.row_terms import row_terms
 from tests.ops import test_attention_mosaic as mosaic
 from tests.ops.attention_cases import draw, oracle
 
@@ -49,7 +50,7 @@ def inputs(T, S, N, K, H, Hv, options, dtype="bfloat16", batch=1):
   *high, high_out = (np.asarray(x, np.float64) for x in low)
   options = {**OPTIONS, "q_offset": S - T, **options}
   out, lse, grads = oracle(*high, high_out, d_lse, **options)
-  rows = backward.row_terms(*map(jnp.float32, (out, lse, high_out, d_lse)))
+  rows = row_terms(*map(jnp.float32, (out, lse, high_out, d_lse)))
   bounds = positions.bounds(
     options["causal"], options["window"], options["q_offset"], T, S
   )

@@ -24,25 +24,6 @@ from multihead.ops.attention.mosaic_gpu.limits import Limits
 _LOG2E = math.log2(math.e)
 
 
-def row_terms(
-  out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """What the kernels need of every row, both [B, N, T] in float32.
-
-  Returns:
-    lse in base 2, +inf for a row that sees nothing, so that its weights are 0;
-    and what each weight's gradient is less than d_out . v.
-  """
-  f32 = jnp.float32
-  delta = jnp.sum(out.astype(f32) * d_out.astype(f32), axis=-1)
-  delta = delta.transpose(0, 2, 1) - d_lse
-  empty = lse == -jnp.inf
-  return (
-    jnp.where(empty, jnp.inf, lse * _LOG2E),
-    jnp.where(empty, 0.0, delta),
-  )
-
-
 def pad_rows(x: jax.Array, rows: int, value: float) -> jax.Array:
   """Fills row terms [B, N, T] to a multiple of `rows`."""
   more = -x.shape[2] % rows

@@ -20,6 +20,7 @@ from multihead.ops.attention.mosaic_gpu import (
   visibility,
 )
 from multihead.ops.attention.mosaic_gpu.limits import Limits
+from multihead.ops.attention.row_terms import row_terms
 
 
 class _Static(NamedTuple):
@@ -164,7 +165,7 @@ def _gradients(
   d_lse: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
   """The gradients of q, k, v and bias."""
-  terms = backward.row_terms(out, lse, d_out, d_lse)
+  terms = row_terms(out, lse, d_out, d_lse)
   sizes = q.shape[3], v.shape[3], static.full(limits)
   limits = _with_bias(limits, bias)
   arrays = q, k, v, d_out, *terms, limits

@@ -92,7 +92,7 @@ def gradients(
     k: [B, S, K, H].
     v: [B, S, K, Hv].
     d_out: [B, T, N, Hv].
-    lse: [B, N, T], as `backward.row_terms` gives it.
+    lse: [B, N, T], as `row_terms` gives it.
     delta: [B, N, T], likewise.
     scale: of the products, positive.
     softcap: bound of the logits or None.

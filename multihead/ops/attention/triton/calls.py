@@ -1,7 +1,6 @@
 """From the arrays of a call to launches of the kernels, and derivatives."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -10,10 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from multihead.ops import manual_axes
 from multihead.ops.attention import positions, reference
+from multihead.ops.attention.row_terms import row_terms
 from multihead.ops.attention.triton import blocks as blocks_lib
 from multihead.ops.attention.triton import launches, mapping
-
-_F32 = jnp.float32
 
 
 def run(
@@ -118,7 +116,7 @@ def _gradients(
   """The gradients of q, k, v and bias."""
   q, k, v, *arrays, out, lse, d_out, d_lse = args
   arrays = launches.Arrays(*arrays)
-  own = q, k, v, *_row_terms(out, lse, d_out, d_lse), d_out
+  own = q, k, v, *row_terms(out, lse, d_out, d_lse), d_out
   launch = functools.partial(launches.gradients, static)
   d_q, d_k, d_v = mapping.mappable(launch)(own, arrays)
   d_bias = None
@@ -127,24 +125,6 @@ def _gradients(
     launch = functools.partial(launches.bias_gradient, static)
     d_bias = jax.custom_batching.sequential_vmap(launch)(own, arrays)
   return d_q, d_k, d_v, d_bias
-
-
-def _row_terms(
-  out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """What the kernels need of every row, both [B, N, T] in float32.
-
-  Returns:
-    lse in base 2, +inf for a row that sees nothing, so that its weights are 0;
-    and what each weight's gradient is less than d_out . v.
-  """
-  delta = jnp.sum(out.astype(_F32) * d_out.astype(_F32), axis=-1)
-  delta = delta.transpose(0, 2, 1) - d_lse
-  empty = lse == -jnp.inf
-  return (
-    jnp.where(empty, jnp.inf, lse * math.log2(math.e)),
-    jnp.where(empty, 0.0, delta),
-  )
 
 
 def _gradients_forward(static: launches.Static, *args: Any) -> tuple[Any, Any]:
