@@ -12,7 +12,6 @@ In --workdir come report.md, figures, and metrics.json with every number.
 """
 
 import os
-import platform
 import time
 from typing import Any
 
@@ -25,7 +24,6 @@ from experiments.hydra_studies import linear_teacher, transfer
 from experiments.in_context import figures
 from multihead.errors import UserError, nearest
 from multihead.train import report, writers
-from multihead.train.checkpoints import versions
 
 STUDIES = ("linear_teacher", "transfer")
 _STUDY = flags.DEFINE_string(
@@ -59,17 +57,7 @@ def main() -> None:
     )
     numbers[name], text = made
     lines += [*text, "", f"({time.perf_counter() - began:.0f} s)", ""]
-  device = jax.devices()[0]
-  stack = ", ".join(f"{name} {found}" for name, found in versions().items())
-  lines += [
-    "## Where and with what",
-    "",
-    f"- {jax.device_count()} x {device.device_kind} ({device.platform})",
-    f"- {platform.platform()}, Python {platform.python_version()}",
-    f"- {stack}",
-    time.strftime("- finished %Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-    "",
-  ]
+  lines += report.circumstances()
   path = os.path.join(workdir, report.REPORT)
   with open(path, "w", encoding="utf-8") as file:
     file.write("\n".join(lines))

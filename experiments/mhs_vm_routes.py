@@ -14,11 +14,8 @@ are written anew after every network. --quick is to see that everything runs.
 
 import dataclasses
 import os
-import platform
-import time
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -28,7 +25,6 @@ from experiments.scan_studies import figures, fitting
 from experiments.scan_studies.fitting import BASELINE, CONTROL, OURS, Fit
 from multihead.errors import UserError, nearest
 from multihead.train import report, writers
-from multihead.train.checkpoints import versions
 
 _TASKS = flags.DEFINE_list(
   "tasks", list(fitting.TASKS), f"Some of {', '.join(fitting.TASKS)}."
@@ -219,8 +215,6 @@ def _write(
         entry["open_gate_of_heads"] = gates.tolist()
       numbers[f"{task}/{name}"] = entry
   writers.write_json(os.path.join(workdir, writers.METRICS_FINAL), numbers)
-  device = jax.devices()[0]
-  stack = ", ".join(f"{name} {found}" for name, found in versions().items())
   text = "\n".join(_table(fits) + ["", *_differences(fits)])
   lines = [
     "# MHS-VM: heads, gates and routes",
@@ -237,13 +231,7 @@ def _write(
     *_gates(fits),
     "",
     *(f"![{title}]({name})\n" for title, name in drawn.items()),
-    "## Where and with what",
-    "",
-    f"- {jax.device_count()} x {device.device_kind} ({device.platform})",
-    f"- {platform.platform()}, Python {platform.python_version()}",
-    f"- {stack}",
-    time.strftime("- finished %Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-    "",
+    *report.circumstances(),
   ]
   path = os.path.join(workdir, report.REPORT)
   with open(path, "w", encoding="utf-8") as file:

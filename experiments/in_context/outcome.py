@@ -4,17 +4,13 @@ import dataclasses
 import json
 import math
 import os
-import platform
-import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.in_context import figures
 from experiments.in_context.settings import Settings
 from multihead.train import report, writers
-from multihead.train.checkpoints import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +96,6 @@ class Outcome:
     writers.write_json(
       os.path.join(workdir, writers.METRICS_FINAL), self.numbers()
     )
-    device = jax.devices()[0]
-    stack = ", ".join(f"{name} {found}" for name, found in versions().items())
     lines = [
       f"# In-context learning by gradient descent: {settings.study}",
       "",
@@ -111,13 +105,7 @@ class Outcome:
       "",
       *(f"{note}\n" for note in self.notes),
       *(f"![{title}]({name})\n" for title, name in self.drawn.items()),
-      "## Where and with what",
-      "",
-      f"- {jax.device_count()} x {device.device_kind} ({device.platform})",
-      f"- {platform.platform()}, Python {platform.python_version()}",
-      f"- {stack}",
-      time.strftime("- finished %Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-      "",
+      *report.circumstances(),
       "## Config",
       "",
       "```json",

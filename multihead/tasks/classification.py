@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from multihead import checkpoints
@@ -18,7 +17,7 @@ from multihead.data import images, labelled, labelled_text, tokenizers
 from multihead.errors import UserError
 from multihead.metrics import classification as metrics
 from multihead.metrics.language_modelling import token_losses
-from multihead.parallel import sharding
+from multihead.tasks.parameters import ModelParameters
 
 Batch = dict[str, jax.Array]
 
@@ -108,7 +107,7 @@ def smoothed_losses(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Classification:
+class _Classification(ModelParameters):
   """What images and texts have in common.
 
   Attributes:
@@ -138,18 +137,6 @@ class _Classification:
   def logits(self, params: Any, batch: Batch, **options: Any) -> Array:
     """[B, C] of a batch; options are those of the model's call."""
     raise NotImplementedError
-
-  def init_params(self, rng: jax.Array, mesh: Mesh | None = None) -> Any:
-    """Initial parameters, each made on its shard of the mesh."""
-    return sharding.init_params(self.model, rng, mesh)
-
-  def abstract_params(self) -> Any:
-    """Shapes and dtypes of the parameters."""
-    return sharding.abstract_params(self.model)
-
-  def param_shardings(self, mesh: Mesh) -> Any:
-    """Where each parameter lives."""
-    return sharding.param_shardings(self.model, mesh)
 
   def init_batch(self) -> dict[str, np.ndarray]:
     """A batch of the shapes and dtypes that the iterators give."""

@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from multihead import generation
@@ -17,7 +16,7 @@ from multihead.data import splits, text, tokenizers
 from multihead.errors import UserError
 from multihead.metrics import compression
 from multihead.metrics import language_modelling as lm_metrics
-from multihead.parallel import sharding
+from multihead.tasks.parameters import ModelParameters
 
 Batch = dict[str, jax.Array]
 
@@ -78,7 +77,7 @@ def token_losses(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LanguageModelling:
+class LanguageModelling(ModelParameters):
   """A causal language model and the text that it learns.
 
   Attributes:
@@ -139,18 +138,6 @@ class LanguageModelling:
   def units_per_step(self) -> int:
     """Tokens that a step reads."""
     return self.batch_size * self.sequence_length
-
-  def init_params(self, rng: jax.Array, mesh: Mesh | None = None) -> Any:
-    """Initial parameters, each made on its shard of the mesh."""
-    return sharding.init_params(self.model, rng, mesh)
-
-  def abstract_params(self) -> Any:
-    """Shapes and dtypes of the parameters."""
-    return sharding.abstract_params(self.model)
-
-  def param_shardings(self, mesh: Mesh) -> Any:
-    """Where each parameter lives."""
-    return sharding.param_shardings(self.model, mesh)
 
   def init_batch(self) -> dict[str, np.ndarray]:
     """A batch of the shapes and dtypes that the iterators give."""

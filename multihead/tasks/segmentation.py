@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from multihead.data import labelled, pair_transforms
@@ -21,8 +20,8 @@ from multihead.data import segmentation as data_lib
 from multihead.errors import UserError
 from multihead.layers.scan_routes import ROUTES
 from multihead.metrics import segmentation as metrics
-from multihead.parallel import sharding
 from multihead.tasks import otsu, segmentation_figures
+from multihead.tasks.parameters import ModelParameters
 
 Batch = dict[str, jax.Array]
 
@@ -111,7 +110,7 @@ def class_losses(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Segmentation:
+class Segmentation(ModelParameters):
   """Images to masks; the model gives logits of every pixel of an image.
 
   Attributes:
@@ -196,18 +195,6 @@ class Segmentation:
   def units_per_step(self) -> int:
     """Images that a step reads."""
     return self.batch_size
-
-  def init_params(self, rng: jax.Array, mesh: Mesh | None = None) -> Any:
-    """Initial parameters, each made on its shard of the mesh."""
-    return sharding.init_params(self.model, rng, mesh)
-
-  def abstract_params(self) -> Any:
-    """Shapes and dtypes of the parameters."""
-    return sharding.abstract_params(self.model)
-
-  def param_shardings(self, mesh: Mesh) -> Any:
-    """Where each parameter lives."""
-    return sharding.param_shardings(self.model, mesh)
 
   def init_batch(self) -> dict[str, np.ndarray]:
     """A batch of the shapes and dtypes that the iterators give."""

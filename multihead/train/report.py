@@ -4,7 +4,10 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from typing import Any
+
+import jax
 
 from multihead.train import writers
 from multihead.train.checkpoints import versions
@@ -58,21 +61,30 @@ def write(
     lines += ["## Sample", "", f"{fence}text", sample, fence, ""]
   lines += ["## Numbers", "", "| | |", "|---|---|"]
   lines += [f"| {name} | {show(metrics[name])} |" for name in sorted(metrics)]
-  lines += ["", "## Where and with what", ""]
-  stack = ", ".join(f"{name} {found}" for name, found in versions().items())
-  facts = [
-    *facts,
-    f"{platform.platform()}, Python {platform.python_version()}",
-    stack,
-    time.strftime("finished %Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-  ]
-  lines += [f"- {fact}" for fact in facts]
-  lines += ["", "## Config", "", "```json"]
+  lines += ["", *circumstances(facts), "## Config", "", "```json"]
   lines += [json.dumps(config, indent=2, sort_keys=True), "```", ""]
   path = os.path.join(workdir, REPORT)
   with open(path, "w", encoding="utf-8") as file:
     file.write("\n".join(lines))
   return path
+
+
+def circumstances(facts: Sequence[str] = ()) -> list[str]:
+  """The section of a report on what ran where, as lines of Markdown.
+
+  Args:
+    facts: what stands first in it; the devices, if there are none.
+  """
+  device = jax.devices()[0]
+  devices = f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+  facts = [
+    *(facts or [devices]),
+    f"{platform.platform()}, Python {platform.python_version()}",
+    ", ".join(f"{name} {found}" for name, found in versions().items()),
+    time.strftime("finished %Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+  ]
+  lines = [f"- {fact}" for fact in facts]
+  return ["## Where and with what", "", *lines, ""]
 
 
 def table(
