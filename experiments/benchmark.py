@@ -104,8 +104,9 @@ def main() -> None:
     )
   common.say("\n" + text)
   if _TUNE.value:
-    text += "\n\n" + suite.write(results, workdir or pathlib.Path())
-    common.say(text)
+    told = suite.write(results, workdir or pathlib.Path())
+    common.say("\n" + told)
+    text += "\n\n" + told
   if workdir is not None:
     _report(workdir, now, facts, results, text, getattr(suite, "figures", None))
 

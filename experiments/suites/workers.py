@@ -12,6 +12,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -62,10 +63,11 @@ def run(
         names = [case.name for case in group]
         args = module, tiny, names, repeats, most_seconds
         started.append((group, _Worker(args)))
-      group, worker = started.pop(0)
+      group, worker = started[0]
       for case in group:
         yield case, functools.partial(worker.results, case, most_seconds)
       worker.stop()
+      started.pop(0)
   finally:
     for _, worker in started:
       worker.stop()
@@ -130,6 +132,8 @@ def _work(
 ) -> None:
   """What a process does: compiles, and times a case whenever it is told to."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  # An interrupt from the keyboard reaches every process; the parent ends this.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   try:
     cases = importlib.import_module(module).cases(tiny)
     cases = [case for case in cases if case.name in names]

@@ -177,8 +177,13 @@ def _allowed(
     return tuple(preference)
   if isinstance(implementation, str):
     names = (implementation,)
-  else:
+  elif isinstance(implementation, Sequence):
     names = tuple(implementation)
+  else:
+    raise TypeError(
+      f"{op}: implementation must be None, a name or a sequence of names, got "
+      f"{implementation!r}; allowed: {', '.join(table)}"
+    )
   if not names:
     raise ValueError(
       f"{op}: implementation is an empty sequence; give None for the best, or "

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from multihead import ops
+from multihead.ops.attention import checks
+from multihead.ops.attention import sinks as sinks_
 from multihead.parallel import context_scan
 from multihead.parallel.sharding import BATCH_AXES, context_axes, split
 
@@ -135,19 +137,23 @@ def attention(
       **kwargs,
     )
   length, keys = q.shape[1], k.shape[1]
+  # Here, so that a message speaks of the arrays as given, not of their shards.
+  if sinks is not None:
+    arrays["sinks"] = sinks_.check(sinks, q.shape[2])
+  if kv_lengths is not None:
+    kv_lengths = checks.per_item("kv_lengths", kv_lengths, q.shape[0], keys)
+  q_offset = checks.per_item("q_offset", q_offset, q.shape[0], keys - length)
   batch = split(q.shape[0], BATCH_AXES, sizes)
   heads = split(q.shape[2], "tensor", sizes)
   kv_heads = split(k.shape[2], "tensor", sizes) if heads else None
   sequence = split(length, "sequence", sizes)
   sequence = sequence if split(keys, "sequence", sizes) else None
-  if q_offset is None:
-    q_offset = keys - length
   static = isinstance(q_offset, int)
   if static and sequence:
     q_offset, static = jnp.int32(q_offset), False
-  arrays["q_offset"] = None if static else jnp.asarray(q_offset)
-  if kv_lengths is not None and not isinstance(kv_lengths, int):
-    arrays["kv_lengths"] = jnp.asarray(kv_lengths)
+  arrays["q_offset"] = None if static else q_offset
+  if isinstance(kv_lengths, jax.Array):
+    arrays["kv_lengths"] = kv_lengths
   else:
     kwargs["kv_lengths"] = kv_lengths
 

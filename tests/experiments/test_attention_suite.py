@@ -141,6 +141,30 @@ def test_figures_show_what_has_several_lengths(tmp_path):
   assert attention.figures(results[:4], str(tmp_path / "y")) == []
 
 
+def test_tuning_times_the_kernels_whose_sizes_it_changes(monkeypatch):
+  """At head dim 128 the default backward kernel would be another one."""
+  asked = []
+
+  def attend(q, k, v, **options):
+    asked.append(options)
+    return q
+
+  monkeypatch.setattr(tuning.ops, "attention", attend)
+  for _, sizes in tuning._candidates("queries", 128):
+    tuning._job((1, 64, 2, 128), False, "queries", sizes)()
+  assert len(asked) == 4
+  for options in asked:
+    assert options["deterministic"] and options["causal"]
+    assert options["implementation"] == "mosaic_gpu"
+
+
+def test_tuning_writes_nothing_where_nothing_ran(tmp_path):
+  case = next(iter(tuning.cases(tiny=True)))
+  results = [timing.Result(case, "as it is", reason="needs a Hopper GPU")]
+  assert "needs a Hopper GPU" in tuning.write(results, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
 def test_tuning_writes_a_table_that_the_kernels_read(tmp_path, monkeypatch):
   """The fastest of each case, beside what was not timed."""
   results = []
@@ -148,7 +172,7 @@ def test_tuning_writes_a_table_that_the_kernels_read(tmp_path, monkeypatch):
     for place, name in enumerate(case.contenders):
       seconds = 1.0 if place == 2 else 2.0
       results.append(timing.Result(case, name, seconds=(seconds,)))
-  before = tuning._present()
+  before = blocks.table()
   text = tuning.write(results, tmp_path)
   assert "| forward 64 full | 2000.000 | 1000.000 |" in text
   kind = jax.devices()[0].device_kind
@@ -169,6 +193,9 @@ def test_tuning_writes_a_table_that_the_kernels_read(tmp_path, monkeypatch):
     ('{"sideways": {}}', "no kernel 'sideways'"),
     ('{"keys": {"64": {}}}', "'64' is no head dim"),
     ('{"keys": {"64 full": {"colums": 1}}}', "keys 64 full.*colums"),
+    ('{"keys": 3}', "broken.json.*keys"),
+    ("[]", "broken.json"),
+    ("{", "broken.json"),
   ):
     path.write_text(text)
     with pytest.raises(ValueError, match=error):

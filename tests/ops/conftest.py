@@ -30,7 +30,9 @@ def small_blocks(monkeypatch):
 
   So rings and barriers outlive a tile.
   """
-  pallas_compat = pytest.importorskip("multihead.ops.pallas_compat")
+  pallas_compat = pytest.importorskip(
+    "multihead.ops.pallas_compat", reason="this jax has no Mosaic GPU"
+  )
   from multihead.ops.attention.mosaic_gpu import blocks
 
   monkeypatch.setattr(pallas_compat, "cores", lambda: 2)

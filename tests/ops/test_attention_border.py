@@ -84,7 +84,16 @@ INT = jnp.int32
       dict(q_segment_ids=zeros(2, 5), kv_segment_ids=zeros(2, 7, dtype=INT)),
     ),
     (TypeError, "kv_lengths must be an integer", dict(kv_lengths=2.5)),
-    (ValueError, "kv_lengths must be at least 0.*-1", dict(kv_lengths=-1)),
+    (
+      ValueError,
+      "kv_lengths must be in 0..S.*-1",
+      dict(kv_lengths=-1),
+    ),
+    (
+      ValueError,
+      "kv_lengths must be in .*7, got 8",
+      dict(kv_lengths=8),
+    ),
     (
       ValueError,
       "kv_lengths must.*B. = .2.",
@@ -93,7 +102,18 @@ INT = jnp.int32
     (ValueError, "sinks must.*N. = .4.*got .2.", dict(sinks=zeros(2))),
     (TypeError, "sinks must be floating", dict(sinks=zeros(4, dtype=INT))),
     (ValueError, "dropout_rate must lie in .0, 1.", dict(dropout_rate=1.0)),
+    (
+      TypeError,
+      "dropout_rate must be a number.*x",
+      dict(dropout_rate="x"),
+    ),
+    (TypeError, "scale must be a number", dict(scale=zeros(2))),
     (ValueError, "dropout_rate=0.5 without a key", dict(dropout_rate=0.5)),
+    (
+      TypeError,
+      "dropout_key must be one key.*str",
+      dict(dropout_rate=0.5, dropout_key="key"),
+    ),
     (
       ValueError,
       "dropout_rate=0.0 with a key",
@@ -112,6 +132,7 @@ INT = jnp.int32
       ),
     ),
     (ValueError, "unknown implementation 'xl'", dict(implementation="xl")),
+    (TypeError, "sequence of names, got 3; allowed: ", dict(implementation=3)),
   ],
 )
 def test_border(error, text, change):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from multihead import ops
 from multihead.ops import pallas_compat as pc
 from multihead.ops.attention import positions
 from multihead.ops.attention.mosaic_gpu import (
@@ -360,3 +361,35 @@ def test_on_a_gpu(shape, options, dtype):
   # Those of keys and values have one order.
   for a, b in zip(got[1:], again[1:], strict=True):
     np.testing.assert_array_equal(np.float32(a), np.float32(b))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+  jax.default_backend() != "gpu", reason="needs a GPU: make test-gpu"
+)
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("way", ("plain", "shards", "checkpoint"))
+def test_default_gradients_on_a_gpu(causal, way):
+  """Where it is the default, beside the two kernels."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, k, v, d_out = (
+    jax.random.normal(key, (1, 2048, 2, 128), jnp.bfloat16) for key in keys
+  )
+
+  def gradients(deterministic):
+    def attend(q, k, v):
+      return ops.attention(
+        q, k, v, causal=causal, deterministic=deterministic
+      )  # fmt: skip
+
+    if way == "checkpoint":
+      attend = jax.checkpoint(attend)
+    if way == "shards":
+      mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+      spec = PartitionSpec("data")
+      attend = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)
+    return jax.jit(lambda *a: jax.vjp(attend, *a)[1](d_out))(q, k, v)
+
+  for got, want in zip(gradients(False), gradients(True), strict=True):
+    got, want = np.float32(got), np.float32(want)
+    np.testing.assert_allclose(got, want, atol=1e-2 * np.abs(want).max())

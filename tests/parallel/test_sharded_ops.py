@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from multihead import ops
@@ -208,3 +209,25 @@ class Ssd(parameterized.TestCase):
     # Per shard: one state and one decay a head, gathered from 4 shards.
     self.assertLessEqual(sum(sizes[0]), 4 * (4 * 8 * 8 + 4) * 2)
     self.assertGreater(sum(sizes[0]), 0)
+
+
+@pytest.mark.parametrize(
+  "error, text, change",
+  [
+    (ValueError, "sinks must.*N. = .4.*got .6.", dict(sinks=jnp.zeros(6))),
+    (TypeError, "kv_lengths must be an integer", dict(kv_lengths=1.5)),
+    (
+      ValueError,
+      "kv_lengths must.*B. = .2.*got .3.",
+      dict(kv_lengths=jnp.zeros(3, jnp.int32)),
+    ),
+    (ValueError, "kv_lengths must be in 0..S = 0..8", dict(kv_lengths=9)),
+  ],
+)
+def test_mistakes_are_told_of_the_whole_arrays(error, text, change):
+  q = jnp.zeros((2, 8, 4, 8))
+  with (
+    jax.set_mesh(make_mesh(data=2, tensor=4)),
+    pytest.raises(error, match=text),
+  ):
+    sharded_ops.attention(q, q, q, **change)

@@ -209,8 +209,9 @@ def _shortened(
   """What kv_lengths changes: an int cuts the keys, an array is passed on."""
   if not isinstance(lengths, int):
     return {"kv_lengths": lengths}
-  if lengths < 0:
-    raise ValueError(f"kv_lengths must be at least 0, got {lengths}")
+  S = args["k"].shape[1]
+  if not 0 <= lengths <= S:
+    raise ValueError(f"kv_lengths must be in 0..S = 0..{S}, got {lengths}")
   cut = {name: args[name][:, :lengths] for name in ("k", "v")}
   for name in ("bias", "mask"):
     if (x := args[name]) is not None and x.shape[3] > 1:

@@ -105,10 +105,14 @@ def softcap(x: float | None) -> float | None:
 def number(name: str, x: float) -> float:
   """A finite number, known while tracing."""
   if isinstance(x, jax.core.Tracer):
+    instead = "; multiply q by it" if name == "scale" else ""
     raise TypeError(
-      f"{name} must be a Python number, got a traced array; multiply q by it"
+      f"{name} must be a Python number, got a traced array{instead}"
     )
-  x = float(np.asarray(x))
+  try:
+    x = float(np.asarray(x))
+  except (TypeError, ValueError):
+    raise TypeError(f"{name} must be a number, got {x!r}") from None
   if not math.isfinite(x):
     raise ValueError(f"{name} must be finite, got {x}")
   return x

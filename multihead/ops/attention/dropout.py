@@ -26,7 +26,7 @@ def words(key: jax.Array) -> jax.Array:
   except (TypeError, ValueError) as e:
     raise TypeError(
       "dropout_key must be one key of jax.random, such as jax.random.key(0); "
-      f"got {jax.typeof(key)}"
+      f"got {getattr(key, 'aval', type(key).__name__)}"
     ) from e
 
 

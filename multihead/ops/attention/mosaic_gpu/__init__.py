@@ -1,9 +1,9 @@
 """Attention for NVIDIA Hopper, in Pallas on Mosaic GPU.
 
-`forward`, `backward`, `key_values` and `bias_gradient` hold the kernels,
-`visibility` and `limits` what of the matrix they visit, `extras` what else they
-may take, `blocks` how they cut it, and `calls` joins them and says what `vmap`
-and derivatives of them are.
+`forward`, `backward`, `key_values`, `fused_backward` and `bias_gradient` hold
+the kernels, `visibility` and `limits` what of the matrix they visit, `extras`
+what else they may take, `blocks` and `tables` how they cut it; `calls` joins
+them and says what `vmap` and derivatives of them are.
 """
 
 from typing import Any

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from multihead.ops import pallas_compat as pc
 from multihead.ops.attention.mosaic_gpu import blocks, visibility
-from multihead.ops.attention.mosaic_gpu.backward import tile_weights
+from multihead.ops.attention.mosaic_gpu.backward import pad_rows, tile_weights
 from multihead.ops.attention.mosaic_gpu.extras import Extras
 from multihead.ops.attention.mosaic_gpu.forward import padded
 from multihead.ops.attention.mosaic_gpu.limits import Limits
@@ -49,10 +49,7 @@ def bias_gradient(
   f32, i32, dtype = jnp.float32, jnp.int32, q.dtype
   rows, columns = _TILE.rows, _TILE.columns
   row_tiles, column_tiles = -(-T // rows), -(-S // columns)
-  fill = lambda x, value: jnp.pad(
-    x, ((0, 0), (0, 0), (0, -T % rows)), constant_values=value
-  )
-  lse, delta = fill(lse, jnp.inf), fill(delta, 0.0)
+  lse, delta = pad_rows(lse, rows, jnp.inf), pad_rows(delta, rows, 0.0)
   extras = Extras(see, limits, B, _TILE, keys=(k, v))
   # What tiles there are of the bias, and what each of them was added to.
   one_row, one_column = t == 1, s == 1

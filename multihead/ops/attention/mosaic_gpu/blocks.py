@@ -109,8 +109,8 @@ class Table:
     forward: of the forward kernel.
     queries: of the kernel for the gradient of queries.
     keys: of the kernel for the gradients of keys and values.
-    fused: of the kernel for all gradients, where it is the faster way; only for
-      the head dims that are given.
+    fused: of the kernel for all gradients, only for the head dims that are
+      given.
   """
 
   forward: Mapping[tuple[int, bool], Forward]
@@ -173,17 +173,17 @@ def forward(width: int, v_width: int, full: bool) -> Forward:
     v_width: head dim of values.
     full: whether rows see all keys.
   """
-  return _look_up(_table().forward, width, v_width, full)
+  return _look_up(table().forward, width, v_width, full)
 
 
 def queries(width: int, v_width: int, full: bool) -> Backward:
   """Those of the kernel for the gradient of queries; arguments as above."""
-  return _look_up(_table().queries, width, v_width, full)
+  return _look_up(table().queries, width, v_width, full)
 
 
 def keys(width: int, v_width: int, full: bool) -> Backward:
   """Those of the kernel for the gradients of keys and values."""
-  return _look_up(_table().keys, width, v_width, full)
+  return _look_up(table().keys, width, v_width, full)
 
 
 def biased(config: Any) -> Any:
@@ -195,17 +195,18 @@ def biased(config: Any) -> Any:
 
 
 def fused(width: int, v_width: int, full: bool) -> Fused | None:
-  """Those of the kernel for all gradients; None where two kernels are faster.
+  """Those of the kernel for all gradients; None where two kernels run.
 
   Args:
     width: head dim of queries and keys.
     v_width: head dim of values.
     full: whether rows see all keys.
   """
-  return _table().fused.get((width, full)) if width == v_width else None
+  return table().fused.get((width, full)) if width == v_width else None
 
 
-def _table() -> Table:
+def table() -> Table:
+  """The sizes in force for the default device."""
   kind = jax.devices()[0].device_kind
   return tables.current(kind, TABLES.get(kind, _H100))
 

@@ -43,7 +43,7 @@ def choose(
   see: visibility.Visibility,
   softcap: float | None,
 ) -> blocks.Fused | None:
-  """Block sizes for a call of the kind that was faster on a GPU, else None.
+  """Block sizes for a call of the kind compared on a GPU, else None.
 
   The kernel computes more than that, as its tests in the interpreter show:
   grouped heads, any length, windows, softcap, float16, head dims of 64.

@@ -58,26 +58,38 @@ def read(path: pathlib.Path, base: Any) -> Any:
   """The table of a file; `base` has what the file leaves out.
 
   Raises:
-    ValueError: names that no kernel knows.
+    ValueError: no JSON of this form, or names that no kernel knows.
   """
   found = {}
-  for kernel, families in json.loads(path.read_text()).items():
+  for kernel, families in _object(path, path.read_text()).items():
     known = getattr(base, kernel, None)
     if known is None:
       raise ValueError(f"{path}: there is no kernel {kernel!r}")
     kind = type(next(iter(known.values())))
     found[kernel] = dict(known)
-    for family, sizes in families.items():
+    for family, sizes in _object(path, families, kernel).items():
       match = re.fullmatch(r"(\d+) (full|part)", family)
       if match is None:
         raise ValueError(
           f"{path}: {family!r} is no head dim followed by full or part"
         )
       try:
-        found[kernel][int(match[1]), match[2] == "full"] = kind(**sizes)
+        sizes = kind(**_object(path, sizes, f"{kernel} {family}"))
+        found[kernel][int(match[1]), match[2] == "full"] = sizes
       except TypeError as error:
         raise ValueError(f"{path}: {kernel} {family}: {error}") from None
   return dataclasses.replace(base, **found)
+
+
+def _object(path: pathlib.Path, found: Any, name: str = "it") -> dict[str, Any]:
+  if isinstance(found, str):
+    try:
+      found = json.loads(found)
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{path} is no JSON: {error}") from None
+  if not isinstance(found, dict):
+    raise ValueError(f"{path}: {name} must be a JSON object, got {found!r}")
+  return found
 
 
 def _shipped(device_kind: str, base: Any) -> Any:
