@@ -56,10 +56,15 @@ _DATA = {
   "tiny": dict(path="lesions", size=16, examples=20),
   "nuclei": dict(path="nuclei", size=64),
   "lesions": dict(path="lesions", size=64),
-  "isic17": dict(size=256, prefetch=8, cache_mb=8192),
-  "isic18": dict(size=256, prefetch=8, cache_mb=8192),
+  "isic17": dict(path="", size=256, prefetch=8, cache_mb=8192),
+  "isic18": dict(path="", size=256, prefetch=8, cache_mb=8192),
   "synapse": dict(
-    size=224, num_classes=9, augment="synapse", normalise="none", prefetch=8
+    path="",
+    size=224,
+    num_classes=9,
+    augment="synapse",
+    normalise="none",
+    prefetch=8,
   ),
 }
 _FAITHFUL_DATA = dict(normalise="published", augment="isic", soft_masks=True)

@@ -244,6 +244,20 @@ def workdir() -> str:
   return _WORKDIR.value
 
 
+def make_folder(flag: str, path: str | os.PathLike) -> None:
+  """Makes the folder that a flag names, unless it is there.
+
+  Raises:
+    UserError: it cannot be made.
+  """
+  try:
+    os.makedirs(path, exist_ok=True)
+  except OSError as error:
+    raise UserError(
+      f"--{flag}={path} cannot be made: {error.strerror}"
+    ) from None
+
+
 def say(text: str) -> None:
   """Prints a line of the script's result, on process 0."""
   if jax.process_index() == 0:

@@ -116,6 +116,8 @@ def _write_directory() -> tuple:
 
 
 def _write_file(workdir: str, output: pathlib.Path) -> tuple:
+  if output.suffix != ".safetensors":
+    raise UserError(f"--output={output}: files are written as .safetensors")
   if output.exists() or not output.parent.is_dir():
     raise UserError(
       f"--output={output}: give a new file in a folder that exists"
@@ -124,6 +126,7 @@ def _write_file(workdir: str, output: pathlib.Path) -> tuple:
     if flags.FLAGS[name].value is not None:
       raise UserError(f"--{name} is for directories; {output} is a file")
   model, params, _ = common.load_model(workdir)
+  _only_mhs_vm(str(output), model, f"--workdir={workdir}")
   mhs_vm.save(output, model, params)
   common.say(f"wrote {output}")
   return model, params
@@ -167,13 +170,17 @@ def _write_run() -> tuple:
   return model, params
 
 
+def _only_mhs_vm(path: str, model, where: str) -> None:
+  if not isinstance(model, mhs_vm.MHSVM):
+    raise UserError(
+      f"{path}: files are of mhs_vm; {where} has a {type(model).__name__}, "
+      "which is kept in directories"
+    )
+
+
 def _read_file(run) -> tuple:
   wanted = run.task.model
-  if not isinstance(wanted, mhs_vm.MHSVM):
-    raise UserError(
-      f"{_CHECKPOINT.value}: files are of mhs_vm; --config has a "
-      f"{type(wanted).__name__}"
-    )
+  _only_mhs_vm(_CHECKPOINT.value, wanted, "--config")
   # What the weights do not tell is as the config says.
   untold = ("img_size", "threshold", "routes", "scale_free", "remat",
             "scan_implementation")  # fmt: skip

@@ -59,6 +59,8 @@ def main() -> None:
   """Trains the networks and writes the report."""
   plan = _plan()
   names = _chosen()
+  if not _TASKS.value:
+    raise UserError(f"--tasks= is empty; there are {', '.join(fitting.TASKS)}")
   for task in _TASKS.value:
     if task not in fitting.TASKS:
       raise UserError(
@@ -70,7 +72,12 @@ def main() -> None:
     raise UserError(
       f"--workdir={workdir} is that of a training run; give another folder"
     )
-  os.makedirs(workdir, exist_ok=True)
+  if os.path.exists(os.path.join(workdir, writers.METRICS_FINAL)):
+    raise UserError(
+      f"--workdir={workdir} holds the numbers of a study, which this one would "
+      "replace; give another folder"
+    )
+  common.make_folder("workdir", workdir)
   fits: dict[str, dict[str, Fit]] = {task: {} for task in _TASKS.value}
   drawn: dict[str, str] = {}
   for task, found in fits.items():
@@ -105,7 +112,10 @@ def _plan() -> fitting.Plan:
 def _chosen() -> list[str]:
   names = list(fitting.VARIANTS)
   try:
-    return [names[int(n)] for n in _VARIANTS.value] or names
+    chosen = [int(n) for n in _VARIANTS.value]
+    if min(chosen, default=0) < 0:
+      raise IndexError
+    return [names[n] for n in chosen] or names
   except (ValueError, IndexError):
     raise UserError(
       f"--variants={','.join(_VARIANTS.value)}: give numbers of "

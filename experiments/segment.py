@@ -9,11 +9,14 @@ tiles; one trained on resized images gets them resized, unless --tile is given.
 In --output appear masks/NAME.png (0 and 255, or class numbers) and
 overlays/NAME.png, each as large as its image. Where --images holds the folders
 images and masks (config.data.images and .masks of the run), in which the files
-pair by name, the masks are compared, and metrics.json is written.
+pair by name, the masks are compared, and metrics.json is written, also if the
+run is interrupted. With --resume a run goes on in its --output: images that are
+done there are not segmented again.
 """
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import sys
@@ -37,6 +40,14 @@ from multihead.train import writers
 
 _IMAGES = flags.DEFINE_string("images", None, "The folder of images.")
 _OUTPUT = flags.DEFINE_string("output", None, "A new folder for the results.")
+_RESUME = flags.DEFINE_bool(
+  "resume", False, "Go on in --output, which an earlier run began."
+)
+_INSTANCES = flags.DEFINE_bool(
+  "instances",
+  None,
+  "Whether the masks in --images number their objects; if unset as the run's.",
+)
 _TILE = flags.DEFINE_integer(
   "tile",
   None,
@@ -55,6 +66,8 @@ _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 4, "Tiles at a time.", lower_bound=1
 )
 
+# In --output: what its masks depend on.
+_SETTINGS = "settings.json"
 # Seconds between two lines where there is no terminal for a bar.
 _SAY_EVERY = 10.0
 
@@ -71,30 +84,44 @@ def main() -> None:
     )
   data = config.data
   threshold = _threshold(data)
-  output = _new_folder()
+  output = _folder()
   source, files, has_masks = _find(data)
   model, params = run_lib.load_params(config, workdir)
   segment = _Segmenter(model, params, data, source)
+  settings = dict(
+    workdir=os.path.abspath(workdir),
+    tile=segment.tile or 0,
+    overlap=_OVERLAP.value,
+    threshold=threshold,
+  )
+  _compare(output, settings)
   common.say(f"{len(files)} images; {segment.how}; threshold {threshold:g}")
-  sums, progress = None, _Progress(len(files))
-  for i, file in enumerate(files):
-    image, truth = source.read(i)
-    taken = segment(i, threshold, functools.partial(progress.show, i))
-    _write(output, file, image, taken, data.num_classes)
-    if has_masks:
-      found = _count(taken, truth, data.num_classes)
-      sums = found if sums is None else metrics.merge(sums, found)
-    progress.show(i + 1)
-  progress.close()
-  common.say(f"masks and overlays: {output}")
-  if has_masks:
-    found = metrics.compute(sums, [c.replace(" ", "_") for c in source.classes])
-    for name, value in found.items():
-      common.say(f"{name}: {value:.4f}")
-    found |= {"images": len(files), "threshold": threshold}
-    path = os.path.join(output, "metrics.json")
-    writers.write_json(path, found | {"tile": segment.tile or 0})
-    common.say(f"written to {path}")
+  sums, done, progress = None, 0, _Progress(len(files))
+  try:
+    for i, file in enumerate(files):
+      image, truth = source.read(i)
+      taken = _done(output, file, data.num_classes)
+      if taken is None:
+        taken = segment(i, threshold, functools.partial(progress.show, i))
+        # Not before there is something that depends on them.
+        writers.write_json(str(output / _SETTINGS), settings)
+        _write(output, file, image, taken, data.num_classes)
+      if has_masks:
+        found = _count(taken, truth, data.num_classes)
+        sums = found if sums is None else metrics.merge(sums, found)
+      done = i + 1
+      progress.show(done)
+  finally:
+    progress.close()
+    common.say(f"masks and overlays of {done} images: {output}")
+    if sums is not None:
+      names = [c.replace(" ", "_") for c in source.classes]
+      found = metrics.compute(sums, names)
+      for name, value in found.items():
+        common.say(f"{name}: {value:.4f}")
+      path = os.path.join(output, "metrics.json")
+      writers.write_json(path, found | {"images": done} | settings)
+      common.say(f"written to {path}")
 
 
 def _threshold(data: Any) -> float:
@@ -110,13 +137,44 @@ def _threshold(data: Any) -> float:
   return _THRESHOLD.value
 
 
-def _new_folder() -> pathlib.Path:
+def _folder() -> pathlib.Path:
   if not _OUTPUT.value:
     raise UserError("--output is missing: a new folder for the results")
   output = pathlib.Path(_OUTPUT.value)
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise UserError(f"--output={output} is not empty; give a new folder")
+  common.make_folder("output", output)
+  if any(output.iterdir()) and not _RESUME.value:
+    raise UserError(
+      f"--output={output} is not empty; give a new folder, or --resume if an "
+      "earlier run began there"
+    )
   return output
+
+
+def _compare(output: pathlib.Path, settings: dict[str, Any]) -> None:
+  """Refuses to go on with what was made otherwise."""
+  path = output / _SETTINGS
+  if path.exists():
+    noted = json.loads(path.read_text("utf-8"))
+    for name, value in settings.items():
+      if noted.get(name) != value:
+        raise UserError(
+          f"--resume: {output} was begun with {name}={noted.get(name)}, and "
+          f"this run has {value}; give a new folder"
+        )
+  elif any(output.iterdir()):
+    raise UserError(f"--resume: no {path}; --output={output} is of no such run")
+
+
+def _done(
+  output: pathlib.Path, file: pathlib.PurePath, classes: int
+) -> np.ndarray | None:
+  """The mask that an earlier run wrote: its overlay is written last."""
+  if not (output / "overlays" / file).exists():
+    return None
+  from PIL import Image
+
+  mask = np.asarray(Image.open(output / "masks" / file))
+  return mask // 255 if classes == 1 else mask
 
 
 def _find(
@@ -135,16 +193,10 @@ def _find(
     )
   has_masks = (root / data.images).is_dir() and (root / data.masks).is_dir()
   if has_masks:
-    source = image_pairs.folder(
-      root,
-      images=data.images,
-      masks=data.masks,
-      num_classes=data.num_classes,
-      instances=data.instances,
-      classes=[c.strip() for c in data.classes.split(",")]
-      if data.classes
-      else (),
-    )
+    settings = dataclasses.replace(data.pairs(), path=str(root.resolve()))
+    if _INSTANCES.value is not None:
+      settings = dataclasses.replace(settings, instances=_INSTANCES.value)
+    source = data_lib.load_pairs(settings)
     names = [pathlib.PurePath(n).relative_to(data.images) for n in source.names]
   else:
     source, names = _without_masks(root, data)
@@ -165,6 +217,11 @@ def _without_masks(
 ) -> tuple[image_pairs.PairSet, list[pathlib.PurePath]]:
   if (root / data.images).is_dir():
     root = root / data.images
+  elif (root / data.masks).is_dir():
+    raise UserError(
+      f"--images={root} holds {data.masks} and no {data.images}; give the "
+      "folder of images alone, or put them into one of that name"
+    )
   files = image_pairs.list_images(root)
   if not files:
     raise UserError(
@@ -274,7 +331,9 @@ def _count(taken: np.ndarray, truth: np.ndarray, classes: int) -> metrics.Sums:
   count = max(classes, 2)
   index = count * truth.astype(np.int64) + taken
   table = np.bincount(index.ravel(), minlength=count**2)
-  return metrics.of_tables(table.reshape(1, count, count), np.ones(1))
+  sums = metrics.of_tables(table.reshape(1, count, count), np.ones(1))
+  # Photographs add up to more pixels than 32 bits count.
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
 
 
 def _write(
@@ -294,7 +353,10 @@ def _write(
   for name, written in (("masks", picture), ("overlays", overlay)):
     path = output / name / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    written.save(path)
+    # Whole, or not there: a run may be killed.
+    part = path.with_suffix(".part")
+    written.save(part, format="PNG")
+    os.replace(part, path)
 
 
 class _Progress:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from multihead import models
 from multihead.data import segmentation
 from multihead.layers.multi_head_scan import RouteScan
 from multihead.parallel import sharding
-from multihead.tasks.segmentation import mask_losses
+from multihead.tasks.segmentation import forward, mask_losses
 from multihead.train import optimizers, seeds
 from multihead.train.config import OptimizerConfig
 
@@ -143,8 +142,7 @@ def network(variant: str, plan: Plan) -> nn.Module:
 
 def parameters(model: nn.Module) -> int:
   """How many numbers are trained."""
-  shapes = jax.tree.leaves(sharding.abstract_params(model))
-  return sum(math.prod(leaf.shape) for leaf in shapes)
+  return sharding.param_count(sharding.abstract_params(model))
 
 
 def fit(
@@ -226,19 +224,6 @@ def pooled_iou(predicted: Array, truth: Array) -> Float[Array, ""]:
   """Intersection over union of the pixels of all images together."""
   both = jnp.sum(predicted & truth)
   return both / jnp.maximum(jnp.sum(predicted | truth), 1)
-
-
-def forward(
-  model: nn.Module, params: Any, images: Array
-) -> tuple[Array, dict[str, Array]]:
-  """Logits, and the fraction of open gates of each head, by block."""
-  logits, state = model.apply(
-    {"params": params}, images, mutable=["intermediates"]
-  )
-  sown = flax.traverse_util.flatten_dict(state.get("intermediates", {}))
-  return logits, {
-    path[0]: value[0] for path, value in sown.items() if "open_gate" in path
-  }
 
 
 def routes_of(

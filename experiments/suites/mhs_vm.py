@@ -94,8 +94,7 @@ def networks(shape: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def parameters(model: Any) -> int:
   """How many numbers are trained."""
-  shapes = jax.tree.leaves(sharding.abstract_params(model))
-  return sum(math.prod(leaf.shape) for leaf in shapes)
+  return sharding.param_count(sharding.abstract_params(model))
 
 
 def forward_macs(model: Any) -> dict[str, int]:

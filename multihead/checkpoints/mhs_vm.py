@@ -292,7 +292,10 @@ def from_tensors(
         found = [value.swapaxes(1, 2) for value in found]
       flat[path] = np.concatenate(found).reshape(leaves[path].shape)
   # Device arrays of memory that is in order.
-  flat = {n: jax.device_put(np.ascontiguousarray(x)) for n, x in flat.items()}
+  flat = {
+    n: jax.device_put(np.ascontiguousarray(x, leaves[n].dtype))
+    for n, x in flat.items()
+  }
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 

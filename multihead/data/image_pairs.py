@@ -16,13 +16,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Num, UInt8
 
+from multihead.data.images import EXTENSIONS, VALIDATION, fingerprint
 from multihead.errors import UserError
 
-EXTENSIONS = frozenset(
-  ".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
-)
-# Folders beside `train` that are the other part of a split, best first.
-_VALIDATION = ("validation", "val", "valid", "test")
 # What may follow the name of an image in that of its mask.
 _SUFFIX = re.compile(r"_(segmentation|mask|seg|gt)$", re.IGNORECASE)
 # Masks whose values are looked at before the first batch.
@@ -84,7 +80,8 @@ def class_numbers(
     odd = [v for v in found if v not in (0, 255)]
     allowed = (
       "0 and 255, or 0 and 1; if every object has a number of its own set "
-      "config.data.instances=True, if they are classes set num_classes"
+      "config.data.instances=True (--instances in experiments.segment), if "
+      "they are classes set num_classes"
     )
   else:
     odd = [v for v in found if v not in range(num_classes)]
@@ -242,7 +239,7 @@ def _splits(root: Path) -> list[tuple[Path, bool]]:
   """The folder, or those of its split with whether they are for validation."""
   if not (root / "train").is_dir():
     return [(root, False)]
-  held = [root / name for name in _VALIDATION if (root / name).is_dir()]
+  held = [root / name for name in VALIDATION if (root / name).is_dir()]
   return [(root / "train", False), *((folder, True) for folder in held[:1])]
 
 
@@ -311,15 +308,6 @@ def class_names(given: Sequence[str], num_classes: int) -> tuple[str, ...]:
       f"with the background there are {count}"
     )
   return tuple(given)
-
-
-def fingerprint(root: Path, files: Sequence[Path]) -> str:
-  """Of the names and sizes of files."""
-  digest = hashlib.blake2b(digest_size=16)
-  for file in files:
-    name = file.relative_to(root).as_posix()
-    digest.update(f"{name}\0{file.stat().st_size}\0".encode())
-  return digest.hexdigest()
 
 
 def _distinct(values: np.ndarray) -> list[int]:

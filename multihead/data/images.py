@@ -20,7 +20,7 @@ EXTENSIONS = frozenset(
   ".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
 )
 # Folders beside `train` that are the other part of a split, best first.
-_VALIDATION = ("validation", "val", "valid", "test")
+VALIDATION = ("validation", "val", "valid", "test")
 
 # Mean and standard deviation of a channel, of values in [0, 1].
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -174,7 +174,7 @@ def _npz(path: Path) -> ImageSet:
 
 def _folder(root: Path) -> ImageSet:
   inside = {p.name: p for p in sorted(root.iterdir()) if p.is_dir()}
-  held = [inside[name] for name in _VALIDATION if name in inside]
+  held = [inside[name] for name in VALIDATION if name in inside]
   given = bool(held) and "train" in inside
   roots = (
     [(inside["train"], False), (held[0], True)] if given else [(root, None)]
@@ -195,18 +195,24 @@ def _folder(root: Path) -> ImageSet:
       f"{' '.join(sorted(EXTENSIONS))}"
     )
   names = [file.relative_to(root).as_posix() for file, _, _ in files]
-  digest = hashlib.blake2b(digest_size=16)
-  for name, (file, _, _) in zip(names, files, strict=True):
-    digest.update(f"{name}\0{file.stat().st_size}\0".encode())
   return ImageSet(
     lambda i: _decode(files[i][0]),
     names,
     np.array([classes.index(kind) for _, kind, _ in files]),
     tuple(classes),
     np.array([split for _, _, split in files]) if given else None,
-    digest.hexdigest(),
+    fingerprint(root, [file for file, _, _ in files]),
     str(root),
   )
+
+
+def fingerprint(root: Path, files: Sequence[Path]) -> str:
+  """Of the names and sizes of files."""
+  digest = hashlib.blake2b(digest_size=16)
+  for file in files:
+    name = file.relative_to(root).as_posix()
+    digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+  return digest.hexdigest()
 
 
 def _pillow() -> Any:

@@ -89,7 +89,7 @@ def select(
   train, held = [], []
   for label, title in enumerate(classes):
     members = np.flatnonzero(labels == label)
-    members = members[np.argsort([_hash(seed, names[i]) for i in members])]
+    members = members[np.argsort([rank(seed, names[i]) for i in members])]
     if validation is None:
       count = max(1, round(validation_fraction * len(members)))
       here, there = members[:count], members[count:]
@@ -109,7 +109,8 @@ def select(
   return Selection(train, held, labels, tuple(classes))
 
 
-def _hash(seed: int, name: str) -> bytes:
+def rank(seed: int, name: str) -> bytes:
+  """By which names are put in an order that knows neither files nor machine."""
   digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16)
   return digest.digest()
 

@@ -5,6 +5,7 @@ generated_pairs.py; what moves them in pair_transforms.py.
 """
 
 import dataclasses
+import functools
 import hashlib
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from multihead.data import generated_pairs, image_pairs, synapse
 from multihead.data import pair_transforms as transforms
 from multihead.data.image_pairs import PairSet
-from multihead.data.labelled import Batch, Dataset
+from multihead.data.labelled import Batch, Dataset, rank
 from multihead.data.order import Order
 from multihead.errors import UserError, nearest
 
@@ -89,6 +90,14 @@ def load_pairs(data: SegmentationData) -> PairSet:
   Raises:
     UserError: nothing there, or what a model cannot be trained on.
   """
+  for key, least in (("size", 1), ("examples", 1), ("prefetch", 0)):
+    if (given := getattr(data, key)) < least:
+      raise UserError(f"config.data.{key}={given} must be at least {least}")
+  if data.path == "":
+    raise UserError(
+      f"config.data.path is not set: the folder that holds {data.images} and "
+      f"{data.masks}, or train/ and val/ with these"
+    )
   name = data.path or "nuclei"
   kind, _, option = name.partition(":")
   if kind in ("nuclei", "lesions", "maze") and data.num_classes != 1:
@@ -147,7 +156,8 @@ def split(source: PairSet, data: SegmentationData) -> Split:
         "1, for example 0.2"
       )
     units = source.names if source.groups is None else source.groups
-    ranked = sorted(set(units), key=lambda u: _hash(data.split_seed, u))
+    order = functools.partial(rank, data.split_seed)
+    ranked = sorted(set(units), key=order)
     chosen = set(ranked[: max(1, round(fraction * len(ranked)))])
     held = np.array([unit in chosen for unit in units])
   found = Split(np.flatnonzero(~held), np.flatnonzero(held))
@@ -164,10 +174,6 @@ def cuts_crops(data: SegmentationData) -> bool:
   if data.fit == "auto":
     return (data.path or "nuclei") == "nuclei"
   return data.fit == "crop"
-
-
-def _hash(seed: int, name: str) -> bytes:
-  return hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest()
 
 
 @dataclasses.dataclass(frozen=True)

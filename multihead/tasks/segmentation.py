@@ -109,6 +109,19 @@ def class_losses(
   return pixel, jnp.mean(dice)
 
 
+def forward(
+  model: nn.Module, params: Any, images: Array
+) -> tuple[Array, dict[str, Array]]:
+  """Logits, and the fraction of open gates of each head, by block."""
+  logits, state = model.apply(
+    {"params": params}, images, mutable=["intermediates"]
+  )
+  sown = flax.traverse_util.flatten_dict(state.get("intermediates", {}))
+  return logits, {
+    path[0]: value[0] for path, value in sown.items() if "open_gate" in path
+  }
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segmentation(ModelParameters):
   """Images to masks; the model gives logits of every pixel of an image.
@@ -239,25 +252,12 @@ class Segmentation(ModelParameters):
     logits = self.model.apply({"params": params}, batch["images"], **options)
     return self._losses(logits, batch)
 
-  def _forward(
-    self, params: Any, images: Array
-  ) -> tuple[Array, dict[str, Array]]:
-    """Logits, and the fraction of open gates of each head, by block."""
-    logits, state = self.model.apply(
-      {"params": params}, images, mutable=["intermediates"]
-    )
-    sown = flax.traverse_util.flatten_dict(state.get("intermediates", {}))
-    gates = {
-      path[0]: value[0] for path, value in sown.items() if "open_gate" in path
-    }
-    return logits, gates
-
   def eval_fn(self, params: Any, batch: Batch) -> dict[str, Any]:
     """Sums over a batch: of the loss, the overlap, and the open gates.
 
     The gates are those of the batch, rows that fill it up included.
     """
-    logits, gates = self._forward(params, batch["images"])
+    logits, gates = forward(self.model, params, batch["images"])
     loss, parts = self._losses(logits, batch)
     classes = self.data.num_classes
     sums = {
@@ -291,7 +291,7 @@ class Segmentation(ModelParameters):
 
   @functools.cached_property
   def _compiled(self) -> Any:
-    return jax.jit(self._forward)
+    return jax.jit(functools.partial(forward, self.model))
 
   def final_metrics(self, params: Any) -> dict[str, float]:
     """Dice and HD95 by the rules of Synapse, see `metrics.case_scores`.

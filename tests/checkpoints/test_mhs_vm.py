@@ -233,6 +233,16 @@ def test_what_a_profiler_and_a_wrapper_leave(tmp_path):
   assert back.keys() == tensors.keys()
 
 
+def test_halves_are_read_as_the_model_keeps_them(tmp_path):
+  tensors = {n: x.astype(np.float16) for n, x in state_dict(3).items()}
+  save_file(tensors, tmp_path / "x.safetensors")
+  model, params = mhs_vm.load(tmp_path / "x.safetensors")
+  assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+  back = mhs_vm.to_tensors(model, jax.device_get(params))
+  for name, value in tensors.items():
+    np.testing.assert_array_equal(back[name], value)
+
+
 def test_files_that_cannot_be_used(tmp_path):
   (tmp_path / "best.pth").write_bytes(b"PK")
   with pytest.raises(UserError, match="best.pth: a pickle"):

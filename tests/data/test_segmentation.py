@@ -292,6 +292,10 @@ def test_pairs_are_kept_while_there_is_room():
   (dict(path="lesions", num_classes=3), "set it to 1"),
   (dict(path="lesions", examples=1), "at least 2"),
   (dict(path="maze", size=8), "holds no maze"),
+  (dict(path=""), "config.data.path is not set"),
+  (dict(path="maze", examples=0), "examples=0 must be at least 1"),
+  (dict(path="maze", size=-16), "size=-16 must be at least 1"),
+  (dict(path="maze", prefetch=-1), "prefetch=-1 must be at least 0"),
 ])  # fmt: skip
 def test_sources_that_are_not_there(data, text):
   with pytest.raises(UserError, match=text) as caught:

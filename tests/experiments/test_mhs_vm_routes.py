@@ -2,10 +2,14 @@
 
 import json
 import re
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import mhs_vm_routes
 from experiments.scan_studies import fitting
 from tests.experiments.scripts import run_scripts
 
@@ -37,6 +41,27 @@ def test_pooled_iou_counts_pixels_of_all_images():
   assert float(fitting.pooled_iou(predicted, truth)) == 2 / 4
 
 
+def test_differences_are_points_seed_by_seed():
+  fit = lambda *iou: types.SimpleNamespace(iou=np.array(iou))
+  fits = {
+    "maze": {
+      fitting.OURS: fit(0.6, 0.5), fitting.BASELINE: fit(0.4, 0.4),
+    }
+  }  # fmt: skip
+  _, row = mhs_vm_routes._differences(fits)
+  assert row.startswith(f"| {fitting.OURS} - {fitting.BASELINE} | +15.00 ± ")
+
+
+def test_images_and_masks_turn_alike():
+  x = jnp.asarray(np.random.default_rng(0).random((2, 8, 8, 3)))
+  seen = set()
+  for seed in range(16):
+    images, masks = fitting._turned((x, x[..., 0]), jax.random.key(seed))
+    np.testing.assert_array_equal(images[..., 0], masks)
+    seen.add(np.asarray(masks).tobytes())
+  assert len(seen) > 4
+
+
 def test_quick_study_and_mistakes(tmp_path):
   out = tmp_path / "out"
   results = run_scripts(
@@ -51,6 +76,10 @@ def test_quick_study_and_mistakes(tmp_path):
     ("mhs_vm_routes", "--tasks=mase", f"--workdir={out}"),
     ("mhs_vm_routes", "--variants=9", f"--workdir={out}"),
     ("mhs_vm_routes", "--size=48", f"--workdir={out}"),
+    ("mhs_vm_routes", "--variants=-1", f"--workdir={out}"),
+    ("mhs_vm_routes", "--tasks=", f"--workdir={out}"),
+    ("mhs_vm_routes", "--quick", f"--workdir={out}"),
+    ("mhs_vm_routes", "--quick", f"--workdir={out}/report.md"),
   )
   code, _, err = results[0]
   assert code == 0, err
@@ -63,7 +92,11 @@ def test_quick_study_and_mistakes(tmp_path):
     assert (out / name).read_bytes().startswith(b"\x89PNG")
   assert "lesions_routes.png" in report
   for (code, _, err), text in zip(
-    results[1:], ("did you mean 'maze'", "give numbers of", "a power of two"),
+    results[1:], (
+      "did you mean 'maze'", "give numbers of", "a power of two",
+      "give numbers of", "--tasks= is empty", "which this one would replace",
+      "cannot be made",
+    ),
     strict=True,
   ):  # fmt: skip
     assert code == 2 and text in err

@@ -4,15 +4,19 @@ import json
 import shutil
 
 import chex
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import segment as segment_script
+from multihead.data import pair_transforms
 from multihead.metrics import segmentation as metrics
 from multihead.train import config as config_lib
 from multihead.train import run as run_lib
 from tests.experiments.scripts import assert_mistakes, make_run, run_scripts
 
+SIZES = ((9, 50), (37, 21), (16, 16))
 CONFIG = """
 from configs import common
 
@@ -61,7 +65,7 @@ def place(tmp_path_factory):
   root = tmp_path_factory.mktemp("segment")
   data = write(root / "data", [(16, 16)] * 5)
   (root / "config.py").write_text(CONFIG.format(path=str(data)))
-  write(root / "new", [(16, 16), (37, 21), (9, 50)])
+  write(root / "new", SIZES)
   for variant in ("resize", "crop"):
     (root / variant).mkdir()
     make_run(root / variant, f"{root}/config.py:{variant}")
@@ -107,7 +111,7 @@ def test_train_evaluate_and_segment_classes(place, tmp_path):
 
 @pytest.mark.parametrize("run, more", [
   ("resize", ()),
-  ("crop", ("--threshold=0.499", "--overlap=4")),
+  ("crop", ("--threshold=0.7", "--overlap=4")),
   ("resize", ("--tile=32",)),
 ])  # fmt: skip
 def test_a_folder_with_masks(place, tmp_path, run, more):
@@ -119,7 +123,7 @@ def test_a_folder_with_masks(place, tmp_path, run, more):
   assert ("in tiles" in text) == (run == "crop" or bool(more))
   assert "3/3 images" in errors
   sums = None
-  for i, size in enumerate([(16, 16), (37, 21), (9, 50)]):
+  for i, size in enumerate(SIZES):
     taken = read(out / "masks", f"case{i}")
     assert taken.shape == size and set(np.unique(taken)) <= {0, 255}
     assert read(out / "overlays", f"case{i}").shape == (*size, 3)
@@ -127,12 +131,64 @@ def test_a_folder_with_masks(place, tmp_path, run, more):
     pair = (x[None].astype(int) // 255 for x in (taken, truth))
     found = metrics.update(*pair, np.ones(1), 1)
     sums = found if sums is None else metrics.merge(sums, found)
+  # The image that is as large as the model's: one tile, or not resized.
+  if "--tile=32" not in more:
+    config = config_lib.read_json(str(place / run / "config.json"))
+    model, params = run_lib.load_params(config, str(place / run))
+    image = pair_transforms.normalise(
+      read(place / "new/images", "case2"), "standard"
+    )
+    logits = model.apply({"params": params}, image[None])[0, ..., 0]
+    np.testing.assert_array_equal(
+      read(out / "masks", "case2") > 0,
+      jax.nn.sigmoid(logits) >= (0.7 if run == "crop" else 0.5),
+    )
   want = metrics.compute(sums)
   assert 0 < want["iou"] < 1
   written = json.loads((out / "metrics.json").read_text())
   assert written["images"] == 3
   assert {k: written[k] for k in want} == pytest.approx(want)
   assert f"iou: {want['iou']:.4f}" in text
+
+
+def test_a_run_goes_on_where_it_was_interrupted(place, tmp_path):
+  """An unreadable image ends it; what was done and its scores are kept."""
+  write(tmp_path / "in", [(16, 16)] * 10)
+  # Not one of the eight that are looked at before all.
+  file = tmp_path / "in/images/case4.png"
+  good = file.read_bytes()
+  # Its header is whole: what is wrong is found when it is decoded.
+  file.write_bytes(good[: len(good) // 2])
+  out = tmp_path / "out"
+  run = lambda name, *more: run_scripts(
+    tmp_path / name, segment(place, "crop", tmp_path / "in", out, *more)
+  )[0]
+  code, _, errors = run("1")
+  assert code == 2 and "case4.png" in errors
+  assert json.loads((out / "metrics.json").read_text())["images"] == 4
+  assert read(out / "masks", "case1").shape == (16, 16)
+  file.write_bytes(good)
+  code, _, errors = run("2")
+  assert code == 2 and "--resume" in errors
+  code, _, errors = run("3", "--resume", "--threshold=0.6")
+  assert code == 2 and "begun with threshold=0.5" in errors
+  # A mask that is changed by hand shows that it is not made again.
+  mask = 255 - read(out / "masks", "case0")
+  Image.fromarray(mask).save(out / "masks/case0.png")
+  code, text, errors = run("4", "--resume")
+  assert code == 0, errors
+  np.testing.assert_array_equal(read(out / "masks", "case0"), mask)
+  assert read(out / "masks", "case4").shape == (16, 16)
+  assert json.loads((out / "metrics.json").read_text())["images"] == 10
+  assert not list(out.rglob("*.part"))
+
+
+def test_counts_of_many_pixels_do_not_overflow():
+  many = metrics.Sums(np.full((2, 2), 1.5e9), *np.zeros((3, 2)), np.float64(1))
+  ones = np.ones((2, 2), np.uint8)
+  once = segment_script._count(ones, ones, 1)
+  sums = metrics.merge(metrics.merge(many, many), once)
+  assert sums.confusion[0, 0] == 3e9 and sums.confusion[1, 1] == 3e9 + 4
 
 
 def test_images_alone(place, tmp_path):
@@ -160,6 +216,8 @@ def test_mistakes_get_one_line_and_exit_code_2(place, tmp_path):
   (tmp_path / "foreign").mkdir()
   (tmp_path / "foreign/config.json").write_text("{}")
   (tmp_path / "full/x").mkdir(parents=True)
+  (tmp_path / "bare/masks").mkdir(parents=True)
+  shutil.copy(place / "new/images/case0.png", tmp_path / "bare")
   new = tmp_path / "out"
   case = lambda images, *more, run="crop", output=new: segment(
     place, run, images, output, *more
@@ -175,6 +233,9 @@ def test_mistakes_get_one_line_and_exit_code_2(place, tmp_path):
       "a run of task language_modelling": case("new", run=tmp_path / "foreign"),
       "no config at": case("new", run=tmp_path / "empty"),
       "is not empty": case("new", output=tmp_path / "full"),
+      "is of no such run": case("new", "--resume", output=tmp_path / "full"),
+      "cannot be made": case("new", output=tmp_path / "foreign/config.json"),
+      "holds masks and no images": case(tmp_path / "bare"),
       "tile=18 must be a multiple of 4": case("new", "--tile=18"),
       "overlap=9 must lie between": case("new", "--overlap=9"),
       "--overlap without --tile": case("new", "--overlap=4", run="resize"),
@@ -216,6 +277,9 @@ def test_weights_of_the_authors_go_out_and_in(place, tmp_path):
       "a pickle": (
         "convert", f"--workdir={tmp_path}/other", back[1],
         f"--checkpoint={tmp_path}/best.pth",
+      ),
+      "files are written as .safetensors": (
+        "convert", f"--workdir={tmp_path}/run", f"--output={tmp_path}/x.pth",
       ),
       "which have no mhs_vm": (
         "convert", f"--workdir={tmp_path}/other", *back, "--check"
